@@ -1,0 +1,107 @@
+"""The one error class of the library, and the argument checks that every module shares.
+
+Bad input is refused before any work is done.  A message names the caller, what is wrong (with the
+first offending index, its value, the limit, and how many more there are) and ends with a hint.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SeqpackError", "check_choice", "check_int", "check_integers", "check_lengths", "fail"]
+
+
+class SeqpackError(ValueError):
+    """Raised for every bad argument or damaged input; a `ValueError`.
+
+    Example:
+        >>> import seqpack_jax as sp
+        >>> try:
+        ...     sp.pack_sequences([300, 700, 20], max_seq_len=512)
+        ... except sp.SeqpackError as error:
+        ...     print(error)
+        pack_sequences: lengths[1] = 700, but max_seq_len is 512 (1 of 3 lengths is over it).
+        Hint: split or drop over-length sequences first, or raise max_seq_len.
+    """
+
+
+def fail(caller: str, problem: str, hint: str) -> NoReturn:
+    """Raise the `SeqpackError` of `caller`: one sentence on the problem, one on the remedy."""
+    raise SeqpackError(f"{caller}: {problem}. Hint: {hint}.")
+
+
+def check_int(caller: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as a Python int, if it is an integer in `[low, high]`."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        fail(caller, f"{name} = {value!r} is not an integer", f"pass {name} as an int")
+    if number < low or (high is not None and number > high):
+        limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        fail(caller, f"{name} = {number}, but it must be {limit}", f"check what computes {name}")
+    return number
+
+
+def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value`, if it is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        fail(caller, f"{name} = {value!r} is not known", f"choose one of {', '.join(choices)}")
+    return value
+
+
+def check_integers(caller: str, name: str, values: Any) -> NDArray[Any]:
+    """Return `values` as a 1-D array of an integer dtype (empty input becomes int64)."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        fail(caller, f"{name} is ragged", f"pass {name} as a 1-D array of integers")
+    if array.ndim != 1:
+        fail(caller, f"{name} has shape {array.shape}", f"pass {name} as a 1-D array of integers")
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        hint = f"pass {name} as a 1-D array of integers"
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            index = int(np.argmin(np.isfinite(array)))
+            fail(caller, f"{name}[{index}] = {array[index]} is not an integer", hint)
+        fail(caller, f"{name} has dtype {array.dtype}, not an integer dtype", hint)
+    return array
+
+
+def check_lengths(caller: str, lengths: Any, max_seq_len: int | None = None) -> NDArray[Any]:
+    """Return `lengths` as a 1-D integer array whose values lie in `[1, max_seq_len]`.
+
+    Time: O(n), two passes without a copy.
+    """
+    array = check_integers(caller, "lengths", lengths)
+    if array.size == 0:
+        return array
+    if (low := int(array.min())) < 1:
+        index = int(array.argmin())
+        more = int(np.count_nonzero(array < 1))
+        fail(
+            caller,
+            f"lengths[{index}] = {low}, but a length is at least 1 ({_share(more, array.size)} "
+            "below it)",
+            "remove empty sequences before planning",
+        )
+    if max_seq_len is not None and int(array.max()) > max_seq_len:
+        over = array > max_seq_len
+        index = int(over.argmax())
+        fail(
+            caller,
+            f"lengths[{index}] = {array[index]}, but max_seq_len is {max_seq_len} "
+            f"({_share(int(np.count_nonzero(over)), array.size)} over it)",
+            "split or drop over-length sequences first, or raise max_seq_len",
+        )
+    return array
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} lengths {'is' if count == 1 else 'are'}"

@@ -1,0 +1,1 @@
+"""Feeding (NumPy, Grain): plans become batches."""

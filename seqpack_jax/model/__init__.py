@@ -1,0 +1,1 @@
+"""The model half (JAX, Flax): batches become masks, offsets and losses."""

@@ -1,0 +1,1 @@
+"""Planning (NumPy): which lengths share a bin."""

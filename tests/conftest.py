@@ -1,0 +1,14 @@
+"""Strict JAX settings and the hypothesis profile of the whole suite."""
+
+import jax
+from absl import flags
+from hypothesis import settings
+
+# Grain's worker processes read absl flags as soon as jax is importable (google/grain#1355).
+flags.FLAGS.mark_as_parsed()
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("seqpack", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("seqpack")
