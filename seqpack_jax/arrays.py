@@ -1,0 +1,52 @@
+"""Memory maps that travel by path: what a worker process receives stays small at any size."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MappedArray", "from_portable", "to_portable"]
+
+
+class MappedArray(NamedTuple):
+    """Where the bytes of a memory-mapped array are: enough to map it again elsewhere."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+
+def to_portable(array: NDArray[Any]) -> NDArray[Any] | MappedArray:
+    """Return a `MappedArray` for a contiguous (view of a) memory map, else the array itself.
+
+    Pickling a `numpy.memmap` copies its contents; pickling this copies about 100 bytes.
+
+    Time: O(1).
+
+    Example:
+        >>> to_portable(np.arange(3)).tolist()
+        [0, 1, 2]
+    """
+    if array.dtype.hasobject or not array.flags.c_contiguous:
+        return array
+    # `memmap.offset` of a view is that of the whole map: measure from the map that owns the file.
+    owner: Any = array
+    while isinstance(getattr(owner, "base", None), np.ndarray):
+        owner = owner.base
+    if not isinstance(owner, np.memmap) or owner.filename is None:
+        return array
+    start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    offset = int(owner.offset) + start
+    return MappedArray(str(owner.filename), array.dtype.str, array.shape, offset)
+
+
+def from_portable(value: NDArray[Any] | MappedArray) -> NDArray[Any]:
+    """Map what `to_portable` described, read-only; an array is returned as it is."""
+    if not isinstance(value, MappedArray):
+        return value
+    if 0 in value.shape:  # an empty file range cannot be mapped
+        return np.zeros(value.shape, value.dtype)
+    return np.memmap(value.path, value.dtype, "r", value.offset, value.shape)

@@ -1,0 +1,346 @@
+"""Grain: a random-access source of packed rows, and an operation that packs a stream.
+
+`PackedSource` needs to know all lengths beforehand and gives the most: dense rows, a known number
+of steps, random access and exact resume.  `PackOperation` packs records as they come.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seqpack_jax.errors import check_choice, check_int, fail
+from seqpack_jax.feeding.batch import FlatSequences, SequenceSource, fetch_sequences, fill_rows
+from seqpack_jax.feeding.epoch import materialize_epoch
+from seqpack_jax.feeding.streaming import longest_prefix
+from seqpack_jax.permutation import seed_from_components
+from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
+from seqpack_jax.planning.packers import pack_length_histogram
+from seqpack_jax.planning.plan import PackingPlan
+
+__all__ = ["PackOperation", "PackedSource", "pack_dataset"]
+
+
+class PackedSource:
+    """A Grain random-access source of packed rows, or of whole batches, over several epochs.
+
+    Works as `grain.MapDataset.source(...)` and as the `data_source` of a `grain.DataLoader`, with
+    or without worker processes, and without Grain as a plain sequence.  Items are pure functions of
+    the arguments and the index, so any loader over it resumes exactly.
+
+    Rows are dealt to processes step by step: of the `count * batch_size` rows of a step, process
+    `index` takes the `index`-th run of `batch_size`, which is the order in which
+    `jax.make_array_from_process_local_data` puts them together.
+
+    Args:
+        plan: from `pack_length_histogram`.
+        pools: the ids of each length, from `length_histogram_from_lengths`.
+        sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers.
+        seed: seeds the pairings and the order of the rows; any int.
+        epochs: how often each sequence comes; each epoch pairs sequences anew.
+        batch_size: rows per item, as arrays `[batch_size, max_seq_len]`; None for single rows,
+            `[max_seq_len]`, that a Grain `batch` puts together.
+        shard: `(index, count)` of this process.
+        remainder: `"pad"` fills the last step of an epoch with empty rows, `"drop"` leaves out the
+            rows that do not fill a step (other ones each epoch).
+        shuffle: False keeps the rows in the order of the plan.
+        pad_value: the token on padding.
+
+    Raises:
+        SeqpackError: the pools do not fit the plan, an argument is out of range, or `"drop"` would
+            leave no step at all.
+
+    Example:
+        >>> sequences = [np.arange(1, n + 1) for n in (7, 5, 5, 3, 2)]
+        >>> source = pack_dataset(sequences, max_seq_len=8, batch_size=2, seed=0, epochs=2)
+        >>> len(source), source.steps_per_epoch, source[0]["tokens"].shape
+        (4, 2, (2, 8))
+    """
+
+    def __init__(
+        self,
+        plan: PackingPlan,
+        pools: SequencePools,
+        sequences: SequenceSource,
+        *,
+        seed: int = 0,
+        epochs: int = 1,
+        batch_size: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        remainder: str = "pad",
+        shuffle: bool = True,
+        pad_value: int = 0,
+    ) -> None:
+        caller = "PackedSource"
+        self.plan, self.pools, self.sequences = plan, pools, sequences
+        self.seed = check_int(caller, "seed", seed, -(2**63), 2**64 - 1)
+        self.epochs = check_int(caller, "epochs", epochs, 1)
+        self.batch_size = (
+            None if batch_size is None else check_int(caller, "batch_size", batch_size, 1)
+        )
+        index, count = shard
+        count = check_int(caller, "shard[1]", count, 1)
+        self.shard = (check_int(caller, "shard[0]", index, 0, count - 1), count)
+        self.remainder = check_choice(caller, "remainder", remainder, ("pad", "drop"))
+        self.shuffle = bool(shuffle)
+        self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
+        self._first = materialize_epoch(plan, pools, seed=self.seed, shuffle=self.shuffle)
+        self._digest = plan.digest()
+        rows = count * (self.batch_size or 1)
+        whole, rest = divmod(plan.num_bins, rows)
+        self.steps_per_epoch: int = whole + (rest > 0 and remainder == "pad")
+        if self.steps_per_epoch == 0:
+            fail(
+                caller,
+                f"the plan has {plan.num_bins} rows, a step takes {rows}: no step is left",
+                "lower batch_size, or use remainder='pad'",
+            )
+
+    def __len__(self) -> int:
+        """Items over all epochs, the same for every shard."""
+        return self.epochs * self.steps_per_epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return item `index` of this shard: `tokens`, `segment_ids` and `positions`, int32."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        epoch_number, step = divmod(int(index), self.steps_per_epoch)
+        size, (shard, count) = self.batch_size or 1, self.shard
+        start = (step * count + shard) * size
+        rows = np.arange(start, min(start + size, self.plan.num_bins))
+        epoch = replace(self._first, key=seed_from_components(self.seed, epoch_number))
+        bins, planned = epoch.bins_and_lengths(rows)
+        plan = self.plan
+        arrays = fetch_sequences(
+            "PackedSource",
+            self.sequences,
+            bins.ids,
+            planned,
+            pieces=self.pools.pieces,
+            max_seq_len=plan.max_seq_len,
+            tolerance=plan.tolerance,
+        )
+        batch = fill_rows(
+            "PackedSource", arrays, bins.offsets, size, plan.max_seq_len, self.pad_value
+        )
+        item = batch.asdict()
+        return item if self.batch_size else {name: array[0] for name, array in item.items()}
+
+    def __repr__(self) -> str:
+        """Say what determines the items; Grain compares this when it restores a checkpoint."""
+        return (
+            f"PackedSource(plan={self._digest}, rows={self.plan.num_bins}, "
+            f"max_seq_len={self.plan.max_seq_len}, seed={self.seed}, epochs={self.epochs}, "
+            f"batch_size={self.batch_size}, shard={self.shard}, remainder={self.remainder!r}, "
+            f"shuffle={self.shuffle}, pad_value={self.pad_value})"
+        )
+
+
+def pack_dataset(
+    sequences: Any,
+    max_seq_len: int,
+    *,
+    lengths: ArrayLike | None = None,
+    batch_size: int | None,
+    seed: int = 0,
+    epochs: int = 1,
+    algorithm: str = "best_fit_decreasing",
+    max_segments: int | None = None,
+    tolerance: int = 1,
+    over_length: str = "error",
+    shard: tuple[int, int] = (0, 1),
+    remainder: str = "pad",
+    shuffle: bool = True,
+    pad_value: int = 0,
+) -> PackedSource:
+    """Plan a data set and return a Grain source of its packed batches: the one-call form.
+
+    Time: O(n) once; nothing is packed until an item is read.
+
+    Args:
+        sequences: a `FlatSequences`, or anything with `len()` whose `[id]` is a 1-D array of
+            integers: a list of arrays, a memory map, a table.
+        max_seq_len: tokens per row.
+        lengths: integers `[n]`, tokens of each sequence; None to ask each sequence for its `len`.
+        batch_size: rows per batch of this process; None for single rows.
+        seed: seeds the pairings and the order of the rows.
+        epochs: how often each sequence comes.
+        algorithm: see `pack_length_histogram`.
+        max_segments: the most sequences in a row, None for no cap.
+        tolerance: see `pack_length_histogram`.
+        over_length: `"error"` refuses sequences over `max_seq_len`, `"split"` cuts them.
+        shard: see `PackedSource`, as are the arguments below.
+        remainder: `"pad"` or `"drop"`.
+        shuffle: False keeps the rows in the order of the plan.
+        pad_value: the token on padding.
+
+    Returns:
+        A `PackedSource`.
+
+    Raises:
+        SeqpackError: a length is out of range or does not match its sequence.
+
+    Example:
+        >>> sequences = [np.full(n, n) for n in (3, 6, 2)]
+        >>> source = pack_dataset(sequences, 4, batch_size=3, over_length="split", shuffle=False)
+        >>> source[0]["segment_ids"].tolist()
+        [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 2, 2]]
+    """
+    if lengths is None:
+        if isinstance(sequences, FlatSequences):
+            lengths = sequences.lengths
+        else:
+            size = len(sequences)
+            lengths = np.fromiter((len(sequences[i]) for i in range(size)), np.int64, size)
+    counts, pools = length_histogram_from_lengths(lengths, max_seq_len, over_length=over_length)
+    plan = pack_length_histogram(
+        counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
+    )
+    return PackedSource(
+        plan,
+        pools,
+        sequences,
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        shard=shard,
+        remainder=remainder,
+        shuffle=shuffle,
+        pad_value=pad_value,
+    )
+
+
+class PackOperation:
+    """A `grain.python.Operation` that packs the records of a `grain.DataLoader` as they come.
+
+    Each batch holds the next records of the stream, as many as best fit decreasing places in
+    `batch_size` rows; the last one may have empty rows.  Records are dicts; the other features of a
+    record are not passed on.
+
+    Resuming is exact at any step, with any number of workers: Grain stores the position of the
+    reader only, which is ahead of the packer, so the reader's `get_state` is made to answer with
+    the position of the first record that is not in a batch yet.
+
+    Args:
+        max_seq_len: tokens per row.
+        batch_size: rows per batch.
+        feature: which entry of a record is packed, a 1-D array of integers.
+        pad_value: the token on padding.
+
+    Raises:
+        SeqpackError: when iterating, for a record that is empty, over `max_seq_len`, or no 1-D
+            array of integers.
+
+    Example:
+        >>> import grain
+        >>> records = [{"tokens": np.full(n, n)} for n in (5, 3, 4, 4, 6)]
+        >>> loader = grain.DataLoader(
+        ...     data_source=records,
+        ...     sampler=grain.samplers.SequentialSampler(len(records)),
+        ...     operations=[PackOperation(max_seq_len=8, batch_size=2)],
+        ... )
+        >>> [batch["tokens"][:, [0, -1]].tolist() for batch in loader]
+        [[[5, 3], [4, 4]], [[6, 0], [0, 0]]]
+    """
+
+    def __init__(
+        self, max_seq_len: int, batch_size: int, feature: str = "tokens", *, pad_value: int = 0
+    ) -> None:
+        caller = "PackOperation"
+        self.max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
+        self.batch_size = check_int(caller, "batch_size", batch_size, 1)
+        self.feature = feature
+        self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
+
+    def __call__(self, input_iterator: Iterator[Any]) -> Iterator[Any]:
+        """Return an iterator over packed records; the operation itself keeps no state."""
+        return _PackingIterator(self, input_iterator)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackOperation(max_seq_len={self.max_seq_len}, batch_size={self.batch_size}, "
+            f"feature={self.feature!r}, pad_value={self.pad_value})"
+        )
+
+
+class _PackingIterator:
+    """Packs one pass over the records of `parent`, and answers for its position."""
+
+    def __init__(self, operation: PackOperation, parent: Any) -> None:
+        self._operation = operation
+        self._parent = parent
+        # Records that are read but in no batch yet: (state before it, metadata, tokens).
+        self._waiting: deque[tuple[Any, Any, NDArray[Any]]] = deque()
+        self._tokens_waiting = 0
+        self._reader_state = getattr(parent, "get_state", None)
+        if self._reader_state is not None:
+            self._set_reader_state = parent.set_state
+            parent.get_state, parent.set_state = self._get_state, self._set_state
+
+    def _get_state(self) -> Any:
+        return self._waiting[0][0] if self._waiting else self._reader_state()
+
+    def _set_state(self, state: Any) -> None:
+        self._waiting.clear()
+        self._tokens_waiting = 0
+        self._set_reader_state(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        operation = self._operation
+        rows, max_seq_len = operation.batch_size, operation.max_seq_len
+        self._read(rows * max_seq_len)
+        if not self._waiting:
+            raise StopIteration
+        packed = longest_prefix([len(tokens) for *_, tokens in self._waiting], max_seq_len, rows)
+        taken = [self._waiting.popleft() for _ in range(sum(map(len, packed)))]
+        arrays = [taken[index][2] for row in packed for index in row]
+        self._tokens_waiting -= sum(map(len, arrays))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in packed])])
+        batch = fill_rows("PackOperation", arrays, offsets, rows, max_seq_len, operation.pad_value)
+        from grain import Record
+
+        return Record(taken[-1][1].remove_record_key(), batch.asdict())
+
+    def _read(self, volume: int) -> None:
+        """Read on until the records that wait hold more tokens than a batch, or the stream ends."""
+        while self._tokens_waiting <= volume:
+            state = self._reader_state() if self._reader_state is not None else None
+            try:
+                record = next(self._parent)
+            except StopIteration:
+                return
+            tokens = self._check(record)
+            self._waiting.append((state, record.metadata, tokens))
+            self._tokens_waiting += len(tokens)
+
+    def _check(self, record: Any) -> NDArray[Any]:
+        caller, operation = "PackOperation", self._operation
+        name = f"record {record.metadata.index}"
+        if not isinstance(record.data, dict) or operation.feature not in record.data:
+            fail(
+                caller,
+                f"{name} has no feature {operation.feature!r}",
+                "name the entry of the records that holds their tokens: feature=...",
+            )
+        tokens = np.asarray(record.data[operation.feature])
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            fail(
+                caller,
+                f"{name} has shape {tokens.shape} and dtype {tokens.dtype}",
+                "pack 1-D arrays of integers",
+            )
+        if not 1 <= len(tokens) <= operation.max_seq_len:
+            fail(
+                caller,
+                f"{name} has {len(tokens)} tokens, but a length is in [1, {operation.max_seq_len}]",
+                "filter, cut or split such records before this operation",
+            )
+        return tokens

@@ -1,0 +1,227 @@
+"""The public planning functions: lengths or their histogram in, a plan or bins of ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from seqpack_jax.errors import check_choice, check_int, check_lengths
+from seqpack_jax.permutation import permute, seed_from_components
+from seqpack_jax.planning.bounds import volume_bound
+from seqpack_jax.planning.heuristics import (
+    Templates,
+    best_fit_decreasing,
+    first_fit_decreasing,
+    next_fit_offsets,
+    worst_fit_decreasing,
+)
+from seqpack_jax.planning.histogram import (
+    Int64,
+    SequencePools,
+    as_counts,
+    coarsen_counts,
+    coarsen_lengths,
+    length_histogram_from_lengths,
+)
+from seqpack_jax.planning.plan import Bins, Certificate, PackingPlan
+
+__all__ = [
+    "ALGORITHMS",
+    "greedy_pack_sequences",
+    "heap_pack_sequences",
+    "pack_length_histogram",
+    "pack_length_histogram_batched",
+    "pack_sequences",
+]
+
+ALGORITHMS: dict[str, Callable[[Int64, int, int | None], Templates]] = {
+    "best_fit_decreasing": best_fit_decreasing,
+    "first_fit_decreasing": first_fit_decreasing,
+    "worst_fit_decreasing": worst_fit_decreasing,
+}
+
+
+def pack_length_histogram(
+    counts: ArrayLike | Mapping[int, int],
+    max_seq_len: int,
+    *,
+    algorithm: str = "best_fit_decreasing",
+    max_segments: int | None = None,
+    tolerance: int = 1,
+) -> PackingPlan:
+    """Plan which lengths share a bin, from how many sequences have each length.
+
+    The plan is exactly that of packing the sequences one by one, but its cost depends on the number
+    of distinct lengths alone: a billion sequences take as long as ten thousand.
+
+    Time: milliseconds for a few thousand distinct lengths; see each algorithm for its order.
+
+    Args:
+        counts: int `[max_len + 1]`, how many sequences have each length, or `{length: count}`.
+        max_seq_len: capacity of a bin in tokens.
+        algorithm: `"best_fit_decreasing"` (the fewest bins, and the fastest),
+            `"first_fit_decreasing"` (as dense), or `"worst_fit_decreasing"` (even fills).
+        max_segments: the most sequences that a bin may hold, None for no cap.
+        tolerance: plan each length as the next multiple of this many tokens, so that sequences of
+            nearly equal length mix between epochs; 1 mixes equal lengths only.
+
+    Returns:
+        A `PackingPlan`.  The same arguments give the same plan on any machine.
+
+    Raises:
+        SeqpackError: a length is over `max_seq_len`, a count is negative, or an argument is out of
+            range.
+
+    Example:
+        >>> plan = pack_length_histogram({512: 1_000_000_000}, max_seq_len=2048)
+        >>> dict(plan.to_counter())
+        {(512, 512, 512, 512): 250000000}
+        >>> print(plan.certificate)
+        250,000,000 rows; lower bound 250,000,000 (volume): optimal
+    """
+    caller = "pack_length_histogram"
+    check_choice(caller, "algorithm", algorithm, tuple(ALGORITHMS))
+    max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
+    array = as_counts(caller, counts, max_seq_len)
+    planned = coarsen_counts(caller, array, tolerance, max_seq_len)
+    templates = ALGORITHMS[algorithm](planned, max_seq_len, max_segments)
+    bins = int(templates.multiplicity.sum())
+    bound = volume_bound(array, max_seq_len, max_segments=max_segments)
+    tokens = int(array @ np.arange(len(array)))
+    certificate = Certificate(bins, bound, "volume", bins == bound)
+    return PackingPlan(max_seq_len, *templates, tokens, tolerance, certificate)
+
+
+# The seed library has two functions whose results differ; here both names mean the exact one.
+pack_length_histogram_batched = pack_length_histogram
+
+
+def pack_sequences(
+    lengths: ArrayLike,
+    max_seq_len: int,
+    *,
+    algorithm: str = "best_fit_decreasing",
+    max_segments: int | None = None,
+    tolerance: int = 1,
+    seed: int | None = None,
+) -> Bins:
+    """Pack sequences into bins of `max_seq_len` tokens: which sequences share a row.
+
+    For training over several epochs, plan once with `pack_length_histogram` and draw each epoch
+    with `materialize_epoch`; this is the one-shot form.
+
+    Time: O(n) after one radix sort of the lengths.
+
+    Args:
+        lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.
+        max_seq_len: capacity of a bin in tokens.
+        algorithm: as in `pack_length_histogram`, or `"next_fit"`, which keeps the input order and
+            fills far less.
+        max_segments: the most sequences that a bin may hold, None for no cap.
+        tolerance: as in `pack_length_histogram`; without effect on `"next_fit"`.
+        seed: shuffles which sequences of equal (or equally planned) length go where; None keeps
+            them in input order.  Without effect on `"next_fit"`.
+
+    Returns:
+        `Bins`, the ids inside a bin by falling length.
+
+    Raises:
+        SeqpackError: a length is below 1 or over `max_seq_len`, or an argument is out of range.
+
+    Example:
+        >>> pack_sequences([128, 64, 32, 16, 200, 80, 50], max_seq_len=256).tolist()
+        [[4, 6], [0, 5, 2, 3], [1]]
+        >>> pack_sequences([5, 4, 3, 6], max_seq_len=10, algorithm="next_fit").tolist()
+        [[0, 1], [2, 3]]
+    """
+    caller = "pack_sequences"
+    check_choice(caller, "algorithm", algorithm, (*ALGORITHMS, "next_fit"))
+    max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
+    array = check_lengths(caller, lengths, max_seq_len)
+    if algorithm == "next_fit":
+        offsets = next_fit_offsets(array.astype(np.int64), max_seq_len, max_segments)
+        return Bins(np.arange(len(array)), offsets, max_seq_len)
+    counts, pools = length_histogram_from_lengths(array)
+    options: dict[str, Any] = {"algorithm": algorithm, "max_segments": max_segments}
+    plan = pack_length_histogram(counts, max_seq_len, tolerance=tolerance, **options)
+    pools = pools.coarsen(tolerance, max_seq_len)
+    if tolerance > 1 and seed is None:
+        # Input order inside a bucket, as for equal lengths without a tolerance.
+        planned = coarsen_lengths(array, tolerance, max_seq_len)
+        pools = length_histogram_from_lengths(planned)[1]
+    return _assign(plan, pools, seed)
+
+
+def greedy_pack_sequences(
+    lengths: ArrayLike, max_seq_len: int, tolerance: int = 1, seed: int | None = None
+) -> Bins:
+    """Pack by first fit decreasing: `pack_sequences` under the seed library's name.
+
+    Example:
+        >>> greedy_pack_sequences([5, 3, 4, 2, 1], max_seq_len=8).tolist()
+        [[0, 1], [2, 3, 4]]
+    """
+    return pack_sequences(
+        lengths, max_seq_len, algorithm="first_fit_decreasing", tolerance=tolerance, seed=seed
+    )
+
+
+def heap_pack_sequences(
+    lengths: ArrayLike, max_seq_len: int, tolerance: int = 1, seed: int | None = None
+) -> Bins:
+    """Pack by worst fit decreasing: `pack_sequences` under the seed library's name.
+
+    Example:
+        >>> heap_pack_sequences([128, 64, 32, 16, 200, 80, 50], max_seq_len=256).tolist()
+        [[4], [0, 5], [1, 6, 2, 3]]
+    """
+    return pack_sequences(
+        lengths, max_seq_len, algorithm="worst_fit_decreasing", tolerance=tolerance, seed=seed
+    )
+
+
+def _check_limits(
+    caller: str, max_seq_len: int, max_segments: int | None
+) -> tuple[int, int | None]:
+    max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1, 2**31 - 1)
+    if max_segments is not None:
+        max_segments = check_int(caller, "max_segments", max_segments, 1)
+        # A bin never holds more sequences than tokens.
+        max_segments = max_segments if max_segments < max_seq_len else None
+    return max_seq_len, max_segments
+
+
+def _assign(plan: PackingPlan, pools: SequencePools, seed: int | None) -> Bins:
+    """Give every slot of the plan an id, bins in the plan's own order.
+
+    Slots taken by length, then in the order of the plan, use up the pools from front to back; so
+    only where each id goes has to be computed: `place = slot's first place + bin * bin size`.
+    """
+    sizes = np.repeat(plan.sizes, plan.sizes)  # of the bin around each slot
+    bins = np.repeat(plan.multiplicity, plan.sizes)
+    first_id = np.repeat(plan.offsets[:-1], plan.sizes)
+    before = np.cumsum(plan.sizes * plan.multiplicity) - plan.sizes * plan.multiplicity
+    first = np.repeat(before, plan.sizes) + np.arange(len(sizes)) - first_id
+    order = np.argsort(plan.lengths, kind="stable")
+    sizes, bins, first = sizes[order], bins[order], first[order]
+    first -= (np.cumsum(bins) - bins) * sizes  # so that the running index gives `bin * size`
+    place = np.arange(pools.num_sequences)
+    place *= np.repeat(sizes, bins)
+    place += np.repeat(first, bins)
+    ids = np.empty(pools.num_sequences, np.int64)
+    ids[place] = pools.ids if seed is None else _shuffled(pools, seed)
+    total = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(np.repeat(plan.sizes, plan.multiplicity))]
+    )
+    return Bins(ids, total, plan.max_seq_len)
+
+
+def _shuffled(pools: SequencePools, seed: int) -> Int64:
+    counts = pools.counts
+    length = np.repeat(np.arange(len(counts)), counts)
+    rank = np.arange(pools.num_sequences) - pools.starts[length]
+    seeds = np.uint64(seed_from_components(seed)) + length.astype(np.uint64)
+    return pools.lookup(length, permute(rank, counts[length], seeds))

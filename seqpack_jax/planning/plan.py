@@ -1,0 +1,360 @@
+"""What a packer returns: a `PackingPlan` over lengths, or the `Bins` of ids made from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seqpack_jax.errors import check_int, check_integers, check_lengths, fail
+from seqpack_jax.planning.histogram import Int64, as_counts, coarsen_counts
+
+__all__ = ["Bins", "Certificate", "PackingPlan"]
+
+_FORMAT = 1  # of the file that `PackingPlan.save` writes
+
+
+class Certificate(NamedTuple):
+    """How far a plan is from the fewest bins possible.
+
+    Attributes:
+        bins: the number of bins of the plan.
+        lower_bound: no packing of these sequences has fewer bins than this.
+        method: what proved the bound.
+        proved_optimal: whether `bins == lower_bound`.
+    """
+
+    bins: int
+    lower_bound: int
+    method: str
+    proved_optimal: bool
+
+    def __str__(self) -> str:
+        gap = self.bins - self.lower_bound
+        verdict = "optimal" if self.proved_optimal else f"at most {gap:,} too many"
+        return f"{self.bins:,} rows; lower bound {self.lower_bound:,} ({self.method}): {verdict}"
+
+
+@dataclass(frozen=True, eq=False)
+class PackingPlan:
+    """Which lengths share a bin: templates, and how many bins are made after each.
+
+    A plan says nothing of ids; `materialize_epoch` draws those from the pools, anew every epoch.
+    Its size depends on the number of distinct lengths, not on the number of sequences.
+
+    Attributes:
+        max_seq_len: capacity of a bin in tokens.
+        lengths: int32 `[k]`, the templates one after another, each in descending order.
+        offsets: int64 `[t + 1]`; template `i` is `lengths[offsets[i]:offsets[i + 1]]`.
+        multiplicity: int64 `[t]`, the number of bins of each template.
+        num_tokens: tokens in all sequences; below the sum of the templates if `tolerance > 1`.
+        tolerance: sequences were planned as the next multiple of this many tokens.
+        certificate: what is known of the fewest bins possible, if anything.
+
+    Example:
+        >>> from seqpack_jax import pack_length_histogram
+        >>> plan = pack_length_histogram({5: 5, 3: 3, 7: 1}, max_seq_len=10)
+        >>> dict(plan.to_counter())
+        {(7, 3): 1, (5, 5): 2, (5, 3): 1, (3,): 1}
+        >>> plan.num_bins, plan.num_sequences, plan.num_tokens, plan.efficiency
+        (5, 9, 41, 0.82)
+    """
+
+    max_seq_len: int
+    lengths: NDArray[np.int32]
+    offsets: Int64
+    multiplicity: Int64
+    num_tokens: int
+    tolerance: int = 1
+    certificate: Certificate | None = None
+
+    @property
+    def num_templates(self) -> int:
+        """How many different bins there are."""
+        return len(self.multiplicity)
+
+    @cached_property
+    def sizes(self) -> Int64:
+        """int64 `[t]`: sequences per bin of each template."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def fills(self) -> Int64:
+        """int64 `[t]`: planned tokens per bin of each template."""
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+        return np.diff(sums[self.offsets])
+
+    @cached_property
+    def bin_starts(self) -> Int64:
+        """int64 `[t + 1]`: bins `bin_starts[i]` to `bin_starts[i + 1]` follow template `i`."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.multiplicity)])
+
+    @cached_property
+    def slot_starts(self) -> Int64:
+        """int64 `[k]`: bin `b` of a template fills slot `j` with rank `slot_starts[j] + b`.
+
+        The rank is that in the pool of `lengths[j]`: slots of one length take consecutive stretches
+        of its pool, in the order of the templates.
+        """
+        order = np.argsort(self.lengths, kind="stable")
+        bins = np.repeat(self.multiplicity, self.sizes)[order]
+        ranks = np.cumsum(bins) - bins
+        new_length = np.diff(self.lengths[order], prepend=0) > 0
+        ranks -= np.maximum.accumulate(np.where(new_length, ranks, 0))
+        starts = np.empty_like(ranks)
+        starts[order] = ranks
+        return starts
+
+    @property
+    def num_bins(self) -> int:
+        """Bins over all templates: the rows of one epoch."""
+        return int(self.bin_starts[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences over all bins."""
+        return int(self.sizes @ self.multiplicity)
+
+    @property
+    def max_segments(self) -> int:
+        """The most sequences that any bin holds."""
+        return int(self.sizes.max(initial=0))
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens / capacity over all bins, in `[0, 1]`; 1.0 for an empty plan."""
+        return self.num_tokens / (self.num_bins * self.max_seq_len) if self.num_bins else 1.0
+
+    @property
+    def counts(self) -> Int64:
+        """int64 `[max_len + 1]`: how many slots of each planned length there are."""
+        counts = np.zeros(int(self.lengths.max(initial=0)) + 1, np.int64)
+        np.add.at(counts, self.lengths, np.repeat(self.multiplicity, self.sizes))
+        return counts
+
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits that differ whenever the bins of an epoch could differ."""
+        head = (_FORMAT, self.max_seq_len, self.tolerance, self.num_tokens, self.num_templates)
+        digest = hashlib.blake2b(repr(head).encode(), digest_size=16)
+        digest.update(self.lengths.astype("<i4").tobytes())
+        digest.update(self.offsets.astype("<i8").tobytes())
+        digest.update(self.multiplicity.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def check(self, counts: ArrayLike | Mapping[int, int] | None = None) -> None:
+        """Raise `SeqpackError` unless the plan is whole and, if given, packs exactly `counts`.
+
+        Time: O(size of the plan + max_len).
+        """
+        caller, hint = "PackingPlan.check", "the plan is damaged; make it again"
+        _check_offsets(caller, self.offsets, len(self.lengths), len(self.multiplicity))
+        if len(self.multiplicity) and int(self.multiplicity.min()) < 1:
+            i = int(self.multiplicity.argmin())
+            fail(caller, f"multiplicity[{i}] = {self.multiplicity[i]}, below 1", hint)
+        if len(self.lengths) and int(self.lengths.min()) < 1:
+            j = int(self.lengths.argmin())
+            fail(caller, f"lengths[{j}] = {self.lengths[j]}, below 1", hint)
+        rising = np.diff(self.lengths) > 0
+        rising[self.offsets[1:-1] - 1] = False
+        if rising.any():
+            fail(caller, f"lengths[{int(rising.argmax())}] is below its successor", hint)
+        if len(self.fills) and int(self.fills.max()) > self.max_seq_len:
+            i, fill = int(self.fills.argmax()), int(self.fills.max())
+            fail(caller, f"template {i} holds {fill} tokens of {self.max_seq_len}", hint)
+        if counts is not None:
+            self._check_counts(caller, as_counts(caller, counts, self.max_seq_len))
+
+    def _check_counts(self, caller: str, counts: Int64) -> None:
+        tokens = int(counts @ np.arange(len(counts)))
+        coarse = coarsen_counts(caller, counts, self.tolerance, self.max_seq_len)
+        slots = self.counts
+        size = max(len(slots), len(coarse))
+        difference = np.pad(slots, (0, size - len(slots)))
+        difference -= np.pad(coarse, (0, size - len(coarse)))
+        if difference.any():
+            length = int(np.flatnonzero(difference)[0])
+            have = int(coarse[length]) if length < len(coarse) else 0
+            fail(
+                caller,
+                f"the plan has {have + int(difference[length])} slots of length {length} for "
+                f"{have} sequences ({int(np.count_nonzero(difference))} lengths differ)",
+                "make the plan from the counts of these very sequences",
+            )
+        if tokens != self.num_tokens:
+            fail(
+                caller,
+                f"the plan is for {self.num_tokens} tokens, the counts have {tokens}",
+                "make the plan from the counts of these very sequences",
+            )
+
+    def to_counter(self) -> Counter[tuple[int, ...]]:
+        """Return `{template: multiplicity}`, the form that the seed library uses."""
+        values, bounds = self.lengths.tolist(), self.offsets.tolist()
+        templates = (tuple(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return Counter(dict(zip(templates, self.multiplicity.tolist(), strict=True)))
+
+    @classmethod
+    def from_counter(cls, counter: Mapping[tuple[int, ...], int], max_seq_len: int) -> PackingPlan:
+        """Make a plan of `{template: multiplicity}`; its templates may be in any order.
+
+        Raises:
+            SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.
+        """
+        caller = "PackingPlan.from_counter"
+        max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
+        sizes = np.array([len(template) for template in counter], np.int64)
+        flat = [length for template in counter for length in sorted(template, reverse=True)]
+        lengths = check_lengths(caller, flat, max_seq_len).astype(np.int32)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        multiplicity = check_integers(caller, "counter (values)", list(counter.values()))
+        multiplicity = multiplicity.astype(np.int64)
+        tokens = int(np.repeat(multiplicity, sizes) @ lengths.astype(np.int64))
+        plan = cls(max_seq_len, lengths, offsets, multiplicity, tokens)
+        plan.check()
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to one `.npz` file, whole or not at all.  The same plan, the same bytes."""
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+        head = [_FORMAT, self.max_seq_len, self.num_tokens, self.tolerance]
+        arrays: dict[str, Any] = {
+            "head": np.array(head, np.int64),
+            "lengths": self.lengths,
+            "offsets": self.offsets,
+            "multiplicity": self.multiplicity,
+            "digest": np.array(self.digest()),
+        }
+        if self.certificate is not None:
+            arrays["bound"] = np.array(self.certificate.lower_bound, np.int64)
+            arrays["method"] = np.array(self.certificate.method)
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PackingPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            SeqpackError: the file is damaged, of another format, or not a plan at all.
+        """
+        caller, hint = "PackingPlan.load", "make the plan again"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = dict(file)
+            version, max_seq_len, tokens, tolerance = saved["head"].tolist()
+            plan = cls(
+                max_seq_len,
+                saved["lengths"].astype(np.int32, casting="equiv"),
+                saved["offsets"].astype(np.int64, casting="equiv"),
+                saved["multiplicity"].astype(np.int64, casting="equiv"),
+                tokens,
+                tolerance,
+            )
+            digest = str(saved["digest"])
+        except FileNotFoundError:
+            fail(caller, f"{path} does not exist", "save a plan there first")
+        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile) as error:
+            fail(caller, f"{path} is not a saved plan ({error})", hint)
+        if version != _FORMAT:
+            fail(caller, f"{path} has format {version}, not {_FORMAT}", hint)
+        plan.check()
+        if plan.digest() != digest:
+            fail(caller, f"{path} says digest {digest}, but has {plan.digest()}", hint)
+        if "bound" in saved:
+            bins, bound = plan.num_bins, int(saved["bound"])
+            certificate = Certificate(bins, bound, str(saved["method"]), bins == bound)
+            object.__setattr__(plan, "certificate", certificate)
+        return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The ids of the sequences in each of a number of bins.
+
+    Attributes:
+        ids: int64 `[n]`.
+        offsets: int64 `[b + 1]`; bin `i` holds `ids[offsets[i]:offsets[i + 1]]`.
+        max_seq_len: capacity of a bin in tokens.
+
+    Example:
+        >>> bins = Bins(np.array([4, 1, 0]), np.array([0, 2, 3]), max_seq_len=8)
+        >>> len(bins), bins[0].tolist(), bins[1:].tolist()
+        (2, [4, 1], [[0]])
+    """
+
+    ids: Int64
+    offsets: Int64
+    max_seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Int64: ...
+    @overload
+    def __getitem__(self, index: slice) -> Bins: ...
+    def __getitem__(self, index: int | slice) -> Int64 | Bins:
+        """Return the ids of one bin (a view), or the `Bins` of a contiguous slice (views)."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                fail("Bins", f"the slice has step {step}", "take slices of step 1")
+            offsets = self.offsets[start : max(start, stop) + 1]
+            ids = self.ids[offsets[0] : offsets[-1]]
+            return Bins(ids, offsets - offsets[0], self.max_seq_len)
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"bin {index} of {len(self)}")
+        return self.ids[self.offsets[place] : self.offsets[place + 1]]
+
+    def __iter__(self) -> Iterator[Int64]:
+        return (self.ids[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    def tolist(self) -> list[list[int]]:
+        """Return the bins as lists of ids, the form that the seed library returns."""
+        return [ids.tolist() for ids in self]
+
+    def check(self, lengths: ArrayLike) -> None:
+        """Raise `SeqpackError` unless each sequence is in exactly one bin and no bin overflows.
+
+        Args:
+            lengths: integers `[n]`, the length of every sequence, in tokens.
+
+        Time: O(n).
+        """
+        caller, hint = "Bins.check", "pack the sequences again"
+        array = check_lengths(caller, lengths, self.max_seq_len).astype(np.int64)
+        _check_offsets(caller, self.offsets, len(self.ids), len(self))
+        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < len(array):
+            fail(caller, f"an id is not in [0, {len(array)})", hint)
+        uses = np.bincount(self.ids, minlength=len(array))
+        if (uses != 1).any():
+            index = int((uses != 1).argmax())
+            more = int(np.count_nonzero(uses != 1))
+            fail(caller, f"sequence {index} is in {uses[index]} bins ({more} such sequences)", hint)
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(array[self.ids])])
+        fills = np.diff(sums[self.offsets])
+        if len(fills) and int(fills.max()) > self.max_seq_len:
+            index = int(fills.argmax())
+            fail(caller, f"bin {index} holds {fills[index]} tokens of {self.max_seq_len}", hint)
+
+
+def _check_offsets(caller: str, offsets: Int64, size: int, count: int) -> None:
+    whole = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == size
+    if not whole or (np.diff(offsets) < 1).any():
+        fail(
+            caller,
+            f"offsets do not cut {size} entries into {count} non-empty parts",
+            "make the plan again",
+        )

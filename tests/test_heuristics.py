@@ -1,0 +1,107 @@
+"""The histogram packers equal the per-item packers, exactly."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import algorithms, caps, histograms, packings
+
+from seqpack_jax import pack_length_histogram
+from seqpack_jax.planning.heuristics import next_fit_offsets
+
+
+def fills_of(plan):
+    return Counter(dict(zip(*merged(plan.fills, plan.multiplicity), strict=True)))
+
+
+def merged(keys, weights):
+    unique, where = np.unique(keys, return_inverse=True)
+    totals = np.zeros(len(unique), np.int64)
+    np.add.at(totals, where, weights)
+    return unique.tolist(), totals.tolist()
+
+
+@given(packing=packings(), algorithm=algorithms, cap=caps)
+@example(
+    packing=([34] * 22 + [113] * 24 + [137] * 14 + [41] * 38 + [27] * 10, 200),
+    algorithm="worst_fit_decreasing",
+    cap=None,
+)  # seed bug 13: 40 bins per item, 38 batched
+def test_equals_the_per_item_packer(packing, algorithm, cap):
+    lengths, capacity = packing
+    counts = np.bincount(lengths, minlength=1) if lengths else [0]
+    plan = pack_length_histogram(counts, capacity, algorithm=algorithm, max_segments=cap)
+    bins = getattr(reference, algorithm)(lengths, capacity, cap)
+    assert plan.num_bins == len(bins)
+    assert fills_of(plan) == Counter(map(sum, bins))
+    plan.check(counts)
+    assert cap is None or plan.max_segments <= cap
+
+
+@pytest.mark.parametrize("algorithm", ["best_fit_decreasing", "first_fit_decreasing"])
+@given(packing=packings(max_size=40))
+def test_best_and_first_fit_hold_the_very_same_bins(algorithm, packing):
+    """Without a cap even the contents are determined for first fit; for best fit the fills are."""
+    lengths, capacity = packing
+    counts = np.bincount(lengths, minlength=1) if lengths else [0]
+    plan = pack_length_histogram(counts, capacity, algorithm=algorithm)
+    bins = getattr(reference, algorithm)(lengths, capacity)
+    if algorithm == "first_fit_decreasing":
+        assert plan.to_counter() == Counter(map(tuple, bins))
+    else:
+        assert fills_of(plan) == Counter(map(sum, bins))
+
+
+@given(histogram=histograms(), algorithm=algorithms, cap=caps, tolerance=st.integers(1, 9))
+def test_any_counts_are_packed_whole(histogram, algorithm, cap, tolerance):
+    counts, capacity = histogram
+    plan = pack_length_histogram(
+        counts, capacity, algorithm=algorithm, max_segments=cap, tolerance=tolerance
+    )
+    plan.check(counts)
+    assert plan.num_sequences == counts.sum()
+    assert plan.num_tokens == counts @ np.arange(len(counts))
+    assert plan.num_bins >= plan.certificate.lower_bound
+    assert cap is None or plan.max_segments <= cap
+    assert len(plan.to_counter()) == plan.num_templates, "templates are distinct"
+
+
+@given(histogram=histograms(), algorithm=algorithms)
+def test_plans_scale_with_the_counts(histogram, algorithm):
+    """The cost does not depend on n: a thousandfold count gives a plan of the same order of size."""
+    counts, capacity = histogram
+    small = pack_length_histogram(np.minimum(counts, 1000), capacity, algorithm=algorithm)
+    large = pack_length_histogram(counts, capacity, algorithm=algorithm)
+    assert large.num_templates <= 4 * np.count_nonzero(counts) + 1
+    assert small.num_templates <= 4 * np.count_nonzero(counts) + 1
+
+
+def test_first_fit_decreasing_worst_case_of_johnson():
+    """The classic instance on which first fit decreasing needs 11/9 of the optimum."""
+    capacity, n = 1000, 30
+    lengths = {501: 6, 252: 6, 251: 6, 248: 12}
+    counts = {length: count * n // 6 for length, count in lengths.items()}
+    plan = pack_length_histogram(counts, capacity, algorithm="first_fit_decreasing")
+    optimum = 9 * n // 6
+    assert plan.num_bins == 11 * n // 6
+    assert plan.num_bins * 9 == optimum * 11
+
+
+def test_the_cap_prefers_the_bin_with_the_most_segments():
+    """Equal room, different numbers of segments: the rule decides how many bins are needed."""
+    counts = {6: 1, 3: 2, 4: 4, 1: 2}
+    for algorithm in ("best_fit_decreasing", "worst_fit_decreasing"):
+        lengths = [length for length, count in counts.items() for _ in range(count)]
+        plan = pack_length_histogram(counts, 10, algorithm=algorithm, max_segments=3)
+        assert plan.num_bins == len(getattr(reference, algorithm)(lengths, 10, 3))
+
+
+@given(packing=packings(), cap=caps)
+def test_next_fit_keeps_the_input_order(packing, cap):
+    lengths, capacity = packing
+    offsets = next_fit_offsets(np.array(lengths, np.int64), capacity, cap).tolist()
+    bins = [list(range(a, b)) for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert bins == reference.next_fit(lengths, capacity, cap)
