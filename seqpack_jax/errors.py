@@ -34,7 +34,9 @@ def fail(caller: str, problem: str, hint: str) -> NoReturn:
     raise SeqpackError(f"{caller}: {problem}. Hint: {hint}.")
 
 
-def check_int(caller: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+def check_int(
+    caller: str, name: str, value: Any, low: int | None = None, high: int | None = None
+) -> int:
     """Return `value` as a Python int, if it is an integer in `[low, high]`."""
     try:
         if isinstance(value, bool | np.bool_):
@@ -42,7 +44,7 @@ def check_int(caller: str, name: str, value: Any, low: int, high: int | None = N
         number = operator.index(value)
     except TypeError:
         fail(caller, f"{name} = {value!r} is not an integer", f"pass {name} as an int")
-    if number < low or (high is not None and number > high):
+    if (low is not None and number < low) or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         fail(caller, f"{name} = {number}, but it must be {limit}", f"check what computes {name}")
     return number

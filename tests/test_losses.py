@@ -141,12 +141,12 @@ def packed_loss(table, tokens, rows):
 
 def loss_alone(table, tokens, rows):
     """Compute it one sequence at a time."""
-    total, count = 0.0, 0
+    log_probabilities, total, count = jax.nn.log_softmax(table), 0.0, 0
     for b, row in enumerate(rows.tolist()):
         for start, stop in model_reference.runs(row):
             for token in range(start, stop - 1):
-                logits = jax.nn.log_softmax(table[tokens[b, token]])
-                total, count = total - logits[tokens[b, token + 1]], count + 1
+                total -= log_probabilities[tokens[b, token], tokens[b, token + 1]]
+                count += 1
     return total / count
 
 

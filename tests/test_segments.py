@@ -141,7 +141,7 @@ def test_one_row_is_a_batch_of_one():
         jax.tree.map(np.testing.assert_array_equal, single, batch)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "int64"])
 def test_ids_of_every_integer_dtype(dtype):
     for function in FUNCTIONS:
         expected = jax.tree.leaves(function(HAND_ROWS))
@@ -219,10 +219,10 @@ def test_bias_in_float64():
 
 # --- packed attention = each sequence alone ---------------------------------------------------
 
-ATTENTION_ROWS = HAND_ROWS[:4]
+ATTENTION_ROWS = HAND_ROWS[[0, 1, 3]]
 
 
-def random_qkv(shape=(4, LENGTH, 2, 4)):
+def random_qkv(shape=(3, LENGTH, 2, 4)):
     generator = np.random.default_rng(0)
     return [generator.normal(size=shape).astype(np.float32) for _ in range(3)]
 
@@ -293,14 +293,13 @@ def test_garbage_in_padding_never_reaches_a_real_token(form, causal):
 
 @pytest.mark.parametrize(("dtype", "value"), BIAS_VALUES)
 def test_no_nan_on_the_way(dtype, value):
-    def loss(x, rows):
-        bias = build_packing_attention_bias(rows, dtype)
-        out = jax.nn.dot_product_attention(x, x, x, bias=bias)
+    def loss(x, rows):  # every operation in `dtype`, where it overflows first
+        scores = jnp.einsum("bqhd,bkhd->bhqk", x, x) + build_packing_attention_bias(rows, dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), x)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     x = jnp.asarray(random_qkv((len(HAND_ROWS), LENGTH, 2, 4))[0], dtype)
-    # jax.nn.dot_product_attention itself mixes dtypes.
-    with jax.debug_nans(True), jax.numpy_dtype_promotion("standard"):
+    with jax.debug_nans(True):
         gradient = jax.jit(jax.grad(loss))(x, HAND_ROWS)
         for function in FUNCTIONS:
             jax.block_until_ready(function(HAND_ROWS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +40,13 @@ class PackedBatch(NamedTuple):
         segment_ids: int32 `[B, L]`, 1, 2, ... in row order, 0 on padding.
         positions: int32 `[B, L]`, from 0 in every segment, 0 on padding.
         features: whatever else was packed beside them, by name.
+
+    Example:
+        >>> from seqpack_jax import pack_sequences
+        >>> bins = pack_sequences([2, 1], max_seq_len=4)
+        >>> batch = pack_batch(bins, [[7, 8], [9]], 4, lengths=[2, 1])
+        >>> {name: array.tolist() for name, array in batch.asdict().items()}
+        {'tokens': [[7, 8, 9, 0]], 'segment_ids': [[1, 1, 2, 0]], 'positions': [[0, 1, 0, 0]]}
     """
 
     tokens: NDArray[np.int32]
@@ -90,7 +98,8 @@ class FlatSequences:
     @property
     def lengths(self) -> Int64:
         """int64 `[n]`: tokens of each sequence.  Time: O(n)."""
-        return np.diff(self.offsets.astype(np.int64, copy=False))
+        offsets: Int64 = self.offsets.astype(np.int64, copy=False)
+        return offsets[1:] - offsets[:-1]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -255,8 +264,7 @@ def fill_rows(
     positions *= segment_ids.reshape(-1) > 0
     padding = np.full(max_seq_len, pad_value, np.int32)
     runs: list[NDArray[Any]] = []
-    bounds = [0, *ends.tolist()]
-    for begin, end, free in zip(bounds, bounds[1:], room.tolist(), strict=False):
+    for (begin, end), free in zip(pairwise([0, *ends.tolist()]), room.tolist(), strict=True):
         runs += arrays[begin:end]
         runs.append(padding[:free])
     tokens = _as_int32(caller, np.concatenate(runs) if runs else padding[:0])

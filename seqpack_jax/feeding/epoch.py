@@ -39,6 +39,14 @@ class Epoch:
         key: seeds the pairings (plus the length, for each pool) and, plus 0, the order of the bins;
             None for pools and bins in their own order.
         shuffle: whether the bins come in an order of their own.
+
+    Example:
+        >>> from seqpack_jax import pack_length_histogram
+        >>> counts = {512: 10**9}
+        >>> plan = pack_length_histogram(counts, max_seq_len=2048)
+        >>> epoch = materialize_epoch(plan, SequencePools.identity(counts), seed=0)
+        >>> len(epoch), len(epoch[123_456_789]), len(epoch.bins([3, 200_000_000]))
+        (250000000, 4, 2)
     """
 
     plan: PackingPlan

@@ -7,7 +7,7 @@ of steps, random access and exact resume.  `PackOperation` packs records as they
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class PackedSource:
     ) -> None:
         caller = "PackedSource"
         self.plan, self.pools, self.sequences = plan, pools, sequences
-        self.seed = check_int(caller, "seed", seed, -(2**63), 2**64 - 1)
+        self.seed = check_int(caller, "seed", seed)
         self.epochs = check_int(caller, "epochs", epochs, 1)
         self.batch_size = (
             None if batch_size is None else check_int(caller, "batch_size", batch_size, 1)
@@ -277,8 +277,9 @@ class _PackingIterator:
         # Records that are read but in no batch yet: (state before it, metadata, tokens).
         self._waiting: deque[tuple[Any, Any, NDArray[Any]]] = deque()
         self._tokens_waiting = 0
-        self._reader_state = getattr(parent, "get_state", None)
-        if self._reader_state is not None:
+        # A plain iterator, outside of a loader, has no state to answer for.
+        self._reader_state: Callable[[], Any] = getattr(parent, "get_state", lambda: None)
+        if hasattr(parent, "set_state"):
             self._set_reader_state = parent.set_state
             parent.get_state, parent.set_state = self._get_state, self._set_state
 
@@ -312,7 +313,7 @@ class _PackingIterator:
     def _read(self, volume: int) -> None:
         """Read on until the records that wait hold more tokens than a batch, or the stream ends."""
         while self._tokens_waiting <= volume:
-            state = self._reader_state() if self._reader_state is not None else None
+            state = self._reader_state()
             try:
                 record = next(self._parent)
             except StopIteration:

@@ -293,8 +293,8 @@ def worst_fit_decreasing(
 
 def _events(groups: _Groups, length: int, level: int) -> Int64:
     """How many sequences each bin takes at room `level` or more."""
-    above = np.maximum(groups.room - level + length, 0) // length
-    return np.minimum(above, groups.more)
+    events: Int64 = np.maximum(groups.room - level + length, 0) // length
+    return np.minimum(events, groups.more)
 
 
 def _level(tree: _Tree, groups: _Groups, length: int, count: int) -> _Groups:
@@ -310,7 +310,7 @@ def _level(tree: _Tree, groups: _Groups, length: int, count: int) -> _Groups:
     left = count - int(repeats @ groups.bins)
     if left == 0:
         return groups.add(tree, length, repeats)
-    # Bins with an event at `low` exactly: those with the most sequences, so the least `more`, first.
+    # Bins with an event at `low` exactly: those with the most sequences (least `more`) first.
     level = np.flatnonzero(_events(groups, length, low) > repeats)
     level = level[np.argsort((groups.more - repeats)[level], kind="stable")]
     ends = np.cumsum(groups.bins[level])
@@ -320,10 +320,11 @@ def _level(tree: _Tree, groups: _Groups, length: int, count: int) -> _Groups:
     if untouched == 0:
         return groups.add(tree, length, repeats)
     split = level[last]
-    groups.bins[split] -= untouched
-    rest = groups.take(np.array([split]), np.array([untouched]))
+    bins = groups.bins.copy()
+    bins[split] -= untouched
+    rest = groups.take(level[last : last + 1], np.array([untouched]))
     rest = rest.add(tree, length, repeats[split : split + 1] - 1)
-    return groups.add(tree, length, repeats).join(rest)
+    return groups._replace(bins=bins).add(tree, length, repeats).join(rest)
 
 
 def next_fit_offsets(lengths: Int64, max_seq_len: int, max_segments: int | None = None) -> Int64:

@@ -34,6 +34,12 @@ class Pieces(NamedTuple):
 
     Ids below `num_sequences` are whole sequences.  Piece `k`, tokens `start[k]:stop[k]` of sequence
     `source_id[k]`, has the id `num_sequences + k`.
+
+    Example:
+        >>> _, pools = length_histogram_from_lengths([3, 9], 4, over_length="split")
+        >>> pieces = pools.pieces
+        >>> list(zip(pieces.source_id.tolist(), pieces.start.tolist(), pieces.stop.tolist()))
+        [(1, 0, 4), (1, 4, 8), (1, 8, 9)]
     """
 
     num_sequences: int
@@ -86,7 +92,7 @@ class SequencePools:
 
     def lookup(self, length: ArrayLike, rank: ArrayLike) -> Int64:
         """Return the ids at `rank` of the pools of `length`; both broadcast.  Time: O(result)."""
-        place = np.asarray(self.starts[length] + rank)
+        place = self.starts[np.asarray(length)] + np.asarray(rank)
         return place if self.ids is None else np.asarray(self.ids[place], np.int64)
 
     def coarsen(self, tolerance: int, max_seq_len: int) -> SequencePools:
@@ -98,7 +104,7 @@ class SequencePools:
         """
         if tolerance == 1:
             return self
-        counts = coarsen_counts("SequencePools.coarsen", self.counts, tolerance, max_seq_len)
+        counts = coarsen_counts(self.counts, tolerance, max_seq_len)
         return SequencePools(self.ids, _starts(counts), self.pieces)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,9 +181,8 @@ def coarsen_lengths(lengths: ArrayLike, tolerance: int, max_seq_len: int) -> Int
     return np.minimum(planned, max_seq_len)
 
 
-def coarsen_counts(caller: str, counts: Int64, tolerance: int, max_seq_len: int) -> Int64:
+def coarsen_counts(counts: Int64, tolerance: int, max_seq_len: int) -> Int64:
     """Return the histogram of the planned lengths.  Time: O(max_len)."""
-    tolerance = check_int(caller, "tolerance", tolerance, 1)
     if tolerance == 1:
         return counts
     planned = coarsen_lengths(np.arange(len(counts)), tolerance, max_seq_len)
@@ -212,7 +217,7 @@ def length_histogram_from_lengths(
         >>> counts, pools = length_histogram_from_lengths([7, 5, 5, 5, 5, 5, 3, 3, 3])
         >>> {l: int(c) for l, c in enumerate(counts) if c}
         {3: 3, 5: 5, 7: 1}
-        >>> counts, pools = length_histogram_from_lengths([3, 9], max_seq_len=4, over_length="split")
+        >>> counts, pools = length_histogram_from_lengths([3, 9], 4, over_length="split")
         >>> pools.ids.tolist(), pools.pieces.start.tolist()
         ([4, 0, 2, 3], [0, 4, 8])
     """

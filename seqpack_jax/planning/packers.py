@@ -86,7 +86,8 @@ def pack_length_histogram(
     check_choice(caller, "algorithm", algorithm, tuple(ALGORITHMS))
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
     array = as_counts(caller, counts, max_seq_len)
-    planned = coarsen_counts(caller, array, tolerance, max_seq_len)
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
+    planned = coarsen_counts(array, tolerance, max_seq_len)
     templates = ALGORITHMS[algorithm](planned, max_seq_len, max_segments)
     bins = int(templates.multiplicity.sum())
     bound = volume_bound(array, max_seq_len, max_segments=max_segments)
@@ -144,15 +145,15 @@ def pack_sequences(
     if algorithm == "next_fit":
         offsets = next_fit_offsets(array.astype(np.int64), max_seq_len, max_segments)
         return Bins(np.arange(len(array)), offsets, max_seq_len)
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
     counts, pools = length_histogram_from_lengths(array)
-    options: dict[str, Any] = {"algorithm": algorithm, "max_segments": max_segments}
-    plan = pack_length_histogram(counts, max_seq_len, tolerance=tolerance, **options)
-    pools = pools.coarsen(tolerance, max_seq_len)
-    if tolerance > 1 and seed is None:
-        # Input order inside a bucket, as for equal lengths without a tolerance.
+    plan = pack_length_histogram(
+        counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
+    )
+    if tolerance > 1:  # keep input order inside a bucket, as inside a length
         planned = coarsen_lengths(array, tolerance, max_seq_len)
         pools = length_histogram_from_lengths(planned)[1]
-    return _assign(plan, pools, seed)
+    return _assign(plan, pools.ids if seed is None else _shuffled(pools, seed))
 
 
 def greedy_pack_sequences(
@@ -194,32 +195,30 @@ def _check_limits(
     return max_seq_len, max_segments
 
 
-def _assign(plan: PackingPlan, pools: SequencePools, seed: int | None) -> Bins:
-    """Give every slot of the plan an id, bins in the plan's own order.
+def _assign(plan: PackingPlan, ids: Any) -> Bins:
+    """Give every slot of the plan one of `ids` (by planned length), bins in the plan's own order.
 
-    Slots taken by length, then in the order of the plan, use up the pools from front to back; so
-    only where each id goes has to be computed: `place = slot's first place + bin * bin size`.
+    Slots taken by length, then in the order of the plan, use up the ids from front to back; so only
+    where each id goes has to be computed: `place = first place of its slot + bin * bin size`.
     """
     sizes = np.repeat(plan.sizes, plan.sizes)  # of the bin around each slot
     bins = np.repeat(plan.multiplicity, plan.sizes)
-    first_id = np.repeat(plan.offsets[:-1], plan.sizes)
-    before = np.cumsum(plan.sizes * plan.multiplicity) - plan.sizes * plan.multiplicity
-    first = np.repeat(before, plan.sizes) + np.arange(len(sizes)) - first_id
+    template_start = np.cumsum(plan.sizes * plan.multiplicity) - plan.sizes * plan.multiplicity
+    first = np.repeat(template_start - plan.offsets[:-1], plan.sizes) + np.arange(len(sizes))
     order = np.argsort(plan.lengths, kind="stable")
     sizes, bins, first = sizes[order], bins[order], first[order]
     first -= (np.cumsum(bins) - bins) * sizes  # so that the running index gives `bin * size`
-    place = np.arange(pools.num_sequences)
+    place = np.arange(len(ids))
     place *= np.repeat(sizes, bins)
     place += np.repeat(first, bins)
-    ids = np.empty(pools.num_sequences, np.int64)
-    ids[place] = pools.ids if seed is None else _shuffled(pools, seed)
-    total = np.concatenate(
-        [np.zeros(1, np.int64), np.cumsum(np.repeat(plan.sizes, plan.multiplicity))]
-    )
-    return Bins(ids, total, plan.max_seq_len)
+    assigned = np.empty(len(ids), np.int64)
+    assigned[place] = ids
+    ends = np.cumsum(np.repeat(plan.sizes, plan.multiplicity))
+    return Bins(assigned, np.concatenate([np.zeros(1, np.int64), ends]), plan.max_seq_len)
 
 
 def _shuffled(pools: SequencePools, seed: int) -> Int64:
+    """The ids by length, shuffled inside each length."""
     counts = pools.counts
     length = np.repeat(np.arange(len(counts)), counts)
     rank = np.arange(pools.num_sequences) - pools.starts[length]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 from zipfile import BadZipFile
@@ -31,6 +32,10 @@ class Certificate(NamedTuple):
         lower_bound: no packing of these sequences has fewer bins than this.
         method: what proved the bound.
         proved_optimal: whether `bins == lower_bound`.
+
+    Example:
+        >>> print(Certificate(40_631, 39_713, "volume", proved_optimal=False))
+        40,631 rows; lower bound 39,713 (volume): at most 918 too many
     """
 
     bins: int
@@ -175,7 +180,7 @@ class PackingPlan:
 
     def _check_counts(self, caller: str, counts: Int64) -> None:
         tokens = int(counts @ np.arange(len(counts)))
-        coarse = coarsen_counts(caller, counts, self.tolerance, self.max_seq_len)
+        coarse = coarsen_counts(counts, self.tolerance, self.max_seq_len)
         slots = self.counts
         size = max(len(slots), len(coarse))
         difference = np.pad(slots, (0, size - len(slots)))
@@ -199,7 +204,7 @@ class PackingPlan:
     def to_counter(self) -> Counter[tuple[int, ...]]:
         """Return `{template: multiplicity}`, the form that the seed library uses."""
         values, bounds = self.lengths.tolist(), self.offsets.tolist()
-        templates = (tuple(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        templates = (tuple(values[a:b]) for a, b in pairwise(bounds))
         return Counter(dict(zip(templates, self.multiplicity.tolist(), strict=True)))
 
     @classmethod
@@ -223,7 +228,7 @@ class PackingPlan:
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to one `.npz` file, whole or not at all.  The same plan, the same bytes."""
+        """Write the plan to one `.npz` file, whole or not at all; equal plans give equal bytes."""
         target = Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
         head = [_FORMAT, self.max_seq_len, self.num_tokens, self.tolerance]
@@ -250,7 +255,7 @@ class PackingPlan:
         """
         caller, hint = "PackingPlan.load", "make the plan again"
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 saved = dict(file)
             version, max_seq_len, tokens, tolerance = saved["head"].tolist()
             plan = cls(
@@ -319,7 +324,7 @@ class Bins:
         return self.ids[self.offsets[place] : self.offsets[place + 1]]
 
     def __iter__(self) -> Iterator[Int64]:
-        return (self.ids[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+        return (self.ids[a:b] for a, b in pairwise(self.offsets.tolist()))
 
     def tolist(self) -> list[list[int]]:
         """Return the bins as lists of ids, the form that the seed library returns."""

@@ -1,0 +1,89 @@
+"""Bad input is refused before any work, by one class, with what and where and a hint."""
+
+import numpy as np
+import pytest
+
+import seqpack_jax as sp
+from seqpack_jax.errors import check_choice, check_int, check_integers, check_lengths
+
+
+def message(function, *args, **kwargs):
+    with pytest.raises(sp.SeqpackError) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert " Hint: " in text
+    assert text.endswith(".")
+    return text
+
+
+def test_it_is_a_value_error():
+    assert issubclass(sp.SeqpackError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([3, 0, 0, 5], ["lengths[1] = 0", "2 of 4 lengths are below it", "remove empty"]),
+        ([3, -4], ["lengths[1] = -4", "1 of 2 lengths is below it"]),
+        ([3, 9, 12], ["lengths[1] = 9", "max_seq_len is 8", "2 of 3 lengths are over it"]),
+        ([3.0, 2.0], ["dtype float64"]),
+        ([3.0, float("nan")], ["lengths[1] = nan"]),
+        ([True, False], ["dtype bool"]),
+        (["a"], ["dtype <U1"]),
+        ([[1, 2]], ["shape (1, 2)"]),
+        ([[1], [2, 3]], ["ragged"]),
+        (5, ["shape ()"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "caller", [sp.pack_sequences, sp.greedy_pack_sequences, sp.heap_pack_sequences]
+)
+def test_bad_lengths(caller, lengths, parts):
+    text = message(caller, lengths, 8)
+    assert text.startswith("pack_sequences: ")
+    for part in parts:
+        assert part in text
+
+
+def test_lengths_of_any_integer_dtype_pass():
+    for dtype in (np.uint8, np.int16, np.uint32, np.int64, np.uint64):
+        assert check_lengths("f", np.array([1, 8], dtype), 8).tolist() == [1, 8]
+    assert check_lengths("f", [], 8).dtype == np.int64
+    assert check_integers("f", "x", range(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "8"])
+def test_bad_max_seq_len(value):
+    assert "max_seq_len" in message(sp.pack_sequences, [1], value)
+    assert "max_seq_len" in message(sp.pack_length_histogram, {1: 1}, value)
+    assert "max_seq_len" in message(sp.volume_bound, {1: 1}, value)
+
+
+def test_bad_options():
+    assert "choose one of" in message(sp.pack_sequences, [1], 8, algorithm="magic")
+    assert "choose one of" in message(sp.pack_length_histogram, {1: 1}, 8, algorithm="next_fit")
+    assert "max_segments = 0" in message(sp.pack_sequences, [1], 8, max_segments=0)
+    assert "tolerance = 0" in message(sp.pack_sequences, [1], 8, tolerance=0)
+    assert "tolerance = 0" in message(sp.pack_length_histogram, {1: 1}, 8, tolerance=0)
+    assert "in [1, 3]" in message(check_int, "f", "x", 4, 1, 3)
+    assert "x = 3 is not known" in message(check_choice, "f", "x", 3, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("counts", "part"),
+    [
+        ({0: 2, 3: 1}, "counts[0] = 2"),
+        ({-3: 1}, "length -3"),
+        ({3: -1}, "counts[3] = -1"),
+        ({9: 7}, "counts[9] = 7"),
+        ({3: 1.5}, "dtype float64"),
+        ({"3": 1}, "dtype <U1"),
+        ([1, 2], "counts[0] = 1"),
+        ([0] * 9 + [4], "counts[9] = 4"),
+        (np.zeros((2, 2), int), "shape (2, 2)"),
+    ],
+)
+def test_bad_counts(counts, part):
+    text = message(sp.pack_length_histogram, counts, 8)
+    assert part in text
+    assert text.startswith("pack_length_histogram: ")
