@@ -45,24 +45,30 @@ GOLDEN = [
     (1000, 0, 0, 599),
     (1000, 7, 500, 866),
     (1000, 18446744073709551615, 999, 120),
-    (1000000, 0, 0, 437043),
-    (1000000, 7, 500000, 173530),
-    (1000000, 18446744073709551615, 999999, 243119),
-    (1000000007, 0, 0, 80021306),
-    (1000000007, 7, 500000003, 88647421),
-    (1000000007, 18446744073709551615, 1000000006, 605827023),
-    (2147483648, 0, 0, 951858010),
-    (2147483648, 7, 1073741824, 641656625),
-    (2147483648, 18446744073709551615, 2147483647, 1887863260),
-    (9007199254740993, 0, 0, 8902585514383112),
-    (9007199254740993, 7, 4503599627370496, 6664896572916346),
-    (9007199254740993, 18446744073709551615, 9007199254740992, 7913308173202498),
-    (2305843009213693951, 0, 0, 1946797506084996142),
-    (2305843009213693951, 7, 1152921504606846975, 1190744396662208517),
-    (2305843009213693951, 18446744073709551615, 2305843009213693950, 1610127606893545068),
-    (4611686018427387903, 0, 0, 2396321154335778208),
-    (4611686018427387903, 7, 2305843009213693951, 2491504102598818626),
-    (4611686018427387903, 18446744073709551615, 4611686018427387902, 3039207376012567853),
+    (1024, 0, 0, 738),
+    (1024, 7, 512, 415),
+    (1024, 18446744073709551615, 1023, 693),
+    (1025, 0, 0, 245),
+    (1025, 7, 512, 861),
+    (1025, 18446744073709551615, 1024, 191),
+    (1000000, 0, 0, 668826),
+    (1000000, 7, 500000, 164814),
+    (1000000, 18446744073709551615, 999999, 466346),
+    (1000000007, 0, 0, 618463977),
+    (1000000007, 7, 500000003, 311027716),
+    (1000000007, 18446744073709551615, 1000000006, 192715026),
+    (2147483648, 0, 0, 1430033604),
+    (2147483648, 7, 1073741824, 1089169175),
+    (2147483648, 18446744073709551615, 2147483647, 1359557528),
+    (9007199254740993, 0, 0, 6271361640543145),
+    (9007199254740993, 7, 4503599627370496, 4243002942550421),
+    (9007199254740993, 18446744073709551615, 9007199254740992, 7753437194594621),
+    (2305843009213693951, 0, 0, 83627069039201269),
+    (2305843009213693951, 7, 1152921504606846975, 744217137129134209),
+    (2305843009213693951, 18446744073709551615, 2305843009213693950, 569663660738551576),
+    (4611686018427387903, 0, 0, 4016148479181653388),
+    (4611686018427387903, 7, 2305843009213693951, 2234639264215806699),
+    (4611686018427387903, 18446744073709551615, 4611686018427387902, 2253955590633340715),
 ]
 
 SEED_GOLDEN = [
@@ -89,7 +95,7 @@ def reference_permute(index, n, seed):
         return sorted(hashes).index(hashes[index])
     width = math.isqrt(n - 1) + 1
     cell = list(divmod(index, width))  # row, column
-    for step in range(12):
+    for step in range(12 if n <= 1024 else 8):
         moving, line = (1, 0) if step % 2 == 0 else (0, 1)
         number = cell[line]
         length = min(width, n - number * width) if line == 0 else len(range(number, n, width))
@@ -222,6 +228,12 @@ class TestBroadcasting:
         assert (index.tolist(), n.tolist(), seed.tolist()) == (list(range(100)), [100], [3])
 
 
+def difference_z(n, i, j, seeds):
+    """How far the distance between two images is from uniform on 1, ..., n - 1."""
+    distance = (permute(j, n, seeds) - permute(i, n, seeds)) % n
+    return chi_square_z(np.bincount(distance, minlength=n)[1:])
+
+
 class TestGolden:
     def test_images_never_change(self):
         assert permutation.PERMUTATION_VERSION == 1
@@ -272,6 +284,13 @@ class TestRandomness:
         width = math.isqrt(n - 1) + 1
         pairs = [(0, 1), (0, width), (0, n - 1), (n - 2, n - 1)]
         assert_looks_random([pair_z(n, i, j, seeds) for i, j in pairs])
+
+    @pytest.mark.parametrize("n", [1023, 1024, 1025, 1026, 1057, 1089, 1090])
+    def test_differences_inside_pairs(self, n):
+        """On both sides of the change in the number of rounds: neighbours of a row, of a column."""
+        seeds, width = np.arange(200_000), math.isqrt(n - 1) + 1
+        pairs = [(0, 1), (0, width), (5, 5 + 2 * width), (n - 2, n - 1)]
+        assert_looks_random([difference_z(n, i, j, seeds) for i, j in pairs])
 
     @pytest.mark.parametrize("n", [10**4, 10**6, 2**61 - 1])
     def test_no_serial_correlation(self, n):
@@ -325,11 +344,17 @@ class TestChecksCanFail:
     def test_too_few_rounds_are_caught(self, monkeypatch):
         """One round fails one index; six rounds pass that, and fail pairs; twelve pass both."""
         seeds = np.arange(100_000)
+        monkeypatch.setattr(permutation, "_FIRST_ROUNDS", 1)
         monkeypatch.setattr(permutation, "_ROUNDS", 1)
         assert chi_square_z(np.bincount(permute(0, 37, seeds), minlength=37)) > 100
+        monkeypatch.setattr(permutation, "_FIRST_ROUNDS", 6)
         monkeypatch.setattr(permutation, "_ROUNDS", 6)
         assert_looks_random(chi_square_z(np.bincount(permute(0, 37, seeds), minlength=37)))
         assert pair_z(37, 0, 1, seeds) > 5
+
+    def test_too_few_rounds_on_a_large_table_are_caught(self, monkeypatch):
+        monkeypatch.setattr(permutation, "_FIRST_ROUNDS", 3)
+        assert difference_z(1025, 0, 1, np.arange(200_000)) > 5
 
     def test_neglected_sorting_is_caught(self, monkeypatch):
         """Twelve rounds alone would not do for a table as small as that of n = 6."""

@@ -21,7 +21,7 @@ from seqpack_jax.planning.plan import Bins, PackingPlan
 
 __all__ = ["Epoch", "materialize_epoch"]
 
-_CHUNK = 4096  # bins that iteration draws at once
+_CHUNK = 1 << 14  # bins that iteration draws at once
 
 
 @dataclass(frozen=True, eq=False)

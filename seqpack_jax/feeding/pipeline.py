@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,9 +21,21 @@ from seqpack_jax.feeding.streaming import longest_prefix
 from seqpack_jax.permutation import seed_from_components
 from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
 from seqpack_jax.planning.packers import pack_length_histogram
-from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.plan import Bins, PackingPlan
 
 __all__ = ["PackOperation", "PackedSource", "pack_dataset"]
+
+
+_BLOCK_ROWS = 1024  # rows of this process whose bins are drawn at once, when read in order
+
+
+class _Drawn(NamedTuple):
+    """Bins of some consecutive items: item `k` has the bins `firsts[k]` to `firsts[k + 1]`."""
+
+    block: tuple[int, int]  # epoch, and number of the block in it
+    bins: Bins
+    planned: NDArray[np.int32]
+    firsts: list[int]
 
 
 class PackedSource:
@@ -91,6 +103,8 @@ class PackedSource:
         self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
         self._first = materialize_epoch(plan, pools, seed=self.seed, shuffle=self.shuffle)
         self._digest = plan.digest()
+        self._drawn: _Drawn | None = None  # the block that was drawn last
+        self._touched: tuple[int, int] | None = None  # the block of the item that was drawn last
         rows = count * (self.batch_size or 1)
         whole, rest = divmod(plan.num_bins, rows)
         self.steps_per_epoch: int = whole + (rest > 0 and remainder == "pad")
@@ -109,27 +123,57 @@ class PackedSource:
         """Return item `index` of this shard: `tokens`, `segment_ids` and `positions`, int32."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        epoch_number, step = divmod(int(index), self.steps_per_epoch)
-        size, (shard, count) = self.batch_size or 1, self.shard
-        start = (step * count + shard) * size
-        rows = np.arange(start, min(start + size, self.plan.num_bins))
-        epoch = replace(self._first, key=seed_from_components(self.seed, epoch_number))
-        bins, planned = epoch.bins_and_lengths(rows)
-        plan = self.plan
+        drawn, item = self._draw(int(index))
+        begin, end = drawn.firsts[item : item + 2]
+        bins = drawn.bins[begin:end]
+        offset = int(drawn.bins.offsets[begin])
+        caller, plan = "PackedSource", self.plan
         arrays = fetch_sequences(
-            "PackedSource",
+            caller,
             self.sequences,
             bins.ids,
-            planned,
+            drawn.planned[offset : offset + len(bins.ids)],
             pieces=self.pools.pieces,
             max_seq_len=plan.max_seq_len,
             tolerance=plan.tolerance,
         )
-        batch = fill_rows(
-            "PackedSource", arrays, bins.offsets, size, plan.max_seq_len, self.pad_value
-        )
-        item = batch.asdict()
-        return item if self.batch_size else {name: array[0] for name, array in item.items()}
+        rows = self.batch_size or 1
+        batch = fill_rows(caller, arrays, bins.offsets, rows, plan.max_seq_len, self.pad_value)
+        named = batch.asdict()
+        return named if self.batch_size else {name: array[0] for name, array in named.items()}
+
+    def _draw(self, index: int) -> tuple[_Drawn, int]:
+        """Return drawn bins, and which item of them `index` is.
+
+        Drawing a thousand rows costs hardly more than drawing one.  So the second item that is read
+        of a block draws the block; items read in no order are drawn one by one.
+        """
+        epoch, step = divmod(index, self.steps_per_epoch)
+        size = max(1, _BLOCK_ROWS // (self.batch_size or 1))  # items
+        number, item = divmod(step, size)
+        drawn = self._drawn  # one read: other threads may put another block there
+        if drawn is not None and drawn.block == (epoch, number):
+            return drawn, item
+        if self._touched != (epoch, number):
+            self._touched = (epoch, number)
+            return self._draw_steps((epoch, number), range(step, step + 1)), 0
+        last = min((number + 1) * size, self.steps_per_epoch)
+        self._drawn = drawn = self._draw_steps((epoch, number), range(number * size, last))
+        return drawn, item
+
+    def _draw_steps(self, block: tuple[int, int], steps: range) -> _Drawn:
+        """Draw the bins of this shard for some steps of one epoch."""
+        rows, (shard, count) = self.batch_size or 1, self.shard
+        starts = (np.array(steps) * count + shard) * rows
+        # Rows beyond the last bin, at the end of an epoch, stay empty.
+        held = np.clip(self.plan.num_bins - starts, 0, rows)
+        index = (starts[:, None] + np.arange(rows)).reshape(-1)
+        epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
+        bins, planned = epoch.bins_and_lengths(index[index < self.plan.num_bins])
+        return _Drawn(block, bins, planned, [0, *np.cumsum(held).tolist()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_drawn": None, "_touched": None}
 
     def __repr__(self) -> str:
         """Say what determines the items; Grain compares this when it restores a checkpoint."""
@@ -195,8 +239,9 @@ def pack_dataset(
         if isinstance(sequences, FlatSequences):
             lengths = sequences.lengths
         else:
-            size = len(sequences)
-            lengths = np.fromiter((len(sequences[i]) for i in range(size)), np.int64, size)
+            known = isinstance(sequences, list | tuple)
+            each = sequences if known else (sequences[i] for i in range(len(sequences)))
+            lengths = np.fromiter(map(len, each), np.int64, len(sequences))
     counts, pools = length_histogram_from_lengths(lengths, max_seq_len, over_length=over_length)
     plan = pack_length_histogram(
         counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance

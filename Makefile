@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+PYTEST := -m pytest -q
+
+.PHONY: help demo test test-slow test-oldest lint bench notebooks dist clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.package: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(BIN)/python -m pip install -q -e '.[notebooks]' --group dev
+	@touch $@
+
+demo: $(VENV)/.package ## Pack, feed and train on real text, in under two minutes
+	$(BIN)/seqpack-jax demo
+
+test: $(VENV)/.dev ## The test suite, doctests and README included
+	$(BIN)/python $(PYTEST)
+
+test-slow: $(VENV)/.dev ## What starts processes and notebooks
+	$(BIN)/python $(PYTEST) -m slow
+
+# The lower bounds of pyproject.toml, exactly, on the oldest Python that it allows.
+$(OLDEST)/.floors: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST)/bin/python .ci/floors.py > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/python -m pip install -q -r $(OLDEST)/floors.txt 'pytest>=8.3' 'hypothesis>=6.100'
+	$(OLDEST)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+test-oldest: $(OLDEST)/.floors ## A run on the oldest versions that are allowed
+	$(OLDEST)/bin/python $(PYTEST) tests/test_packers.py tests/test_epoch.py tests/test_batch.py \
+	  tests/test_pipeline.py tests/test_segments.py tests/test_losses.py tests/test_demo.py
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## Every figure of the README; rewrites benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run_all.py
+
+notebooks: $(VENV)/.dev ## Run the notebooks and keep their outputs
+	$(BIN)/python notebooks/run.py
+
+dist: $(VENV)/.dev ## Build the wheel
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) $(OLDEST) dist

@@ -1,0 +1,86 @@
+"""How dense is each packer: rows, and the gap to the fewest that the tokens alone would need?
+
+    python benchmarks/how_dense_is_each_packer.py
+    SEQPACK_DATA=/path/to/length/sets python benchmarks/how_dense_is_each_packer.py
+
+200,000 lognormal and uniform lengths, and, when the folder named by `SEQPACK_DATA` holds them, the
+lengths of SQuAD 1.1 and of Wikipedia as tokenised for BERT, and of proteins in UniProt.
+
+Yardsticks: the volume lower bound, `ceil(tokens / max_seq_len)`, which no packing can beat; and
+LightBinPack's OBFD (C++) where it is installed.  Seconds are those of one call from lengths to ids.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import (
+    lognormal_lengths,
+    machine_line,
+    medians,
+    show_seconds,
+    show_table,
+    uniform_lengths,
+)
+
+import seqpack_jax as sp
+
+SIZE = 200_000
+ALGORITHMS = ("next_fit", "worst_fit_decreasing", "first_fit_decreasing", "best_fit_decreasing")
+FILES = {
+    "SQuAD 1.1": ("squad11_384.npy", 384),
+    "Wikipedia": ("wikipedia512_sample200k.npy", 512),
+    "UniProt": ("protein_uniprot20k.npy", 1024),
+}
+HEADER = ("set", "packer", "rows", "lower bound", "over it", "efficiency", "seconds")
+
+
+def length_sets() -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yield the name, the lengths and the capacity of each set."""
+    yield "lognormal", lognormal_lengths(SIZE, 2048), 2048
+    yield "uniform", uniform_lengths(SIZE, 2048), 2048
+    folder = Path(os.environ.get("SEQPACK_DATA", "."))
+    for name, (file, max_seq_len) in FILES.items():
+        if (folder / file).exists():
+            yield name, np.load(folder / file).clip(1, max_seq_len).astype(np.int64), max_seq_len
+
+
+def packers(lengths: np.ndarray, max_seq_len: int) -> dict[str, Callable[[], Any]]:
+    """Return every packer, ready to run on these lengths."""
+    runs: dict[str, Callable[[], Any]] = {
+        algorithm.replace("_", " "): lambda algorithm=algorithm: sp.pack_sequences(
+            lengths, max_seq_len, algorithm=algorithm
+        )
+        for algorithm in ALGORITHMS
+    }
+    if find_spec("lightbinpack"):
+        import lightbinpack
+
+        as_list = lengths.tolist()
+        runs["LightBinPack OBFD"] = lambda: lightbinpack.obfd(as_list, max_seq_len)
+    return runs
+
+
+def measure(name: str, lengths: np.ndarray, max_seq_len: int) -> list[tuple[str, ...]]:
+    """Pack one set with every packer."""
+    bound = sp.volume_bound(np.bincount(lengths), max_seq_len)
+    title = f"{name}, {len(lengths):,} to {max_seq_len:,}"
+    runs = packers(lengths, max_seq_len)
+    table = []
+    for (packer, run), seconds in zip(runs.items(), medians(*runs.values()), strict=True):
+        rows = len(run())
+        cells = (f"{rows:,}", f"{bound:,}", f"{rows / bound - 1:.3%}")
+        efficiency = int(lengths.sum()) / (rows * max_seq_len)
+        table.append((title, packer, *cells, f"{efficiency:.3%}", show_seconds(seconds)))
+    return table
+
+
+if __name__ == "__main__":
+    print(machine_line(), file=sys.stderr)
+    show_table(HEADER, [line for each in length_sets() for line in measure(*each)])
