@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[arguments.command].run(arguments)
     except SeqpackError as error:
-        print(f"seqpack-jax {arguments.command}: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"seqpack-jax {arguments.command}: {line}", file=sys.stderr)
         return 2
 
 
@@ -86,7 +87,7 @@ def _positive_number(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
     return value
 
 
@@ -97,9 +98,9 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=_positive_number, default=60.0, help="how long to train at most"
     )
-    parser.add_argument("--batch-size", type=_integer(1, 4096), default=8, help="rows per batch")
+    parser.add_argument("--batch-size", type=_integer(1, 4096), default=4, help="rows per batch")
     parser.add_argument(
-        "--max-seq-len", type=_integer(16, 8192), default=512, help="tokens per row"
+        "--max-seq-len", type=_integer(64, 4096), default=512, help="tokens per row"
     )
     parser.add_argument(
         "--seed", type=_integer(0, 2**31 - 1), default=0, help="of the weights and the epochs"

@@ -16,38 +16,41 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from seqpack_jax.demo_model import Trainer, compare_with_alone
+from seqpack_jax.demo_model import Trainer, TrainingStep, compare_with_alone, training_steps
 from seqpack_jax.errors import fail
 from seqpack_jax.feeding.batch import FlatSequences, PackedBatch, unpack_batch
-from seqpack_jax.feeding.pipeline import PackedSource
-from seqpack_jax.planning.histogram import Int64, length_histogram_from_lengths
+from seqpack_jax.feeding.pipeline import PackedSource, pack_dataset
+from seqpack_jax.planning.histogram import length_histogram_from_lengths
 from seqpack_jax.planning.packers import pack_length_histogram, pack_sequences
-from seqpack_jax.planning.plan import PackingPlan
 from seqpack_jax.planning.stats import PackingStats
 
 __all__ = [
     "DemoError",
     "DemoOptions",
+    "batch_digest",
     "collect_docstrings",
     "decode",
+    "digest_in_fresh_process",
     "encode",
     "encode_all",
     "resume_in",
     "run_demo",
+    "save_checkpoint",
 ]
 
 PAD, BOS, EOS, FIRST_BYTE = 0, 1, 2, 3
@@ -57,9 +60,7 @@ TRAINING_EPOCHS = 1_000  # more than any machine gets through; an epoch costs no
 STEPS_PER_LINE = 25  # of the log, where there is no terminal to draw a bar on
 
 # Tests and vendored code of the standard library are not text that anybody reads.
-_SKIPPED = {
-    "test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo",
-}  # fmt: skip
+_SKIPPED = set("test tests site-packages idlelib lib2to3 ensurepip turtledemo".split())
 
 
 class DemoError(RuntimeError):
@@ -68,19 +69,12 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What can be chosen about a run.
+    """What can be chosen about a run."""
 
-    Attributes:
-        seconds: how long to train.
-        batch_size: rows per batch.
-        max_seq_len: tokens per row.
-        seed: seeds the weights and the epochs.
-    """
-
-    seconds: float = 60.0
-    batch_size: int = 8
-    max_seq_len: int = 512
-    seed: int = 0
+    seconds: float = 60.0  # of training, at most
+    batch_size: int = 4  # rows
+    max_seq_len: int = 512  # tokens per row
+    seed: int = 0  # of the weights and of the epochs
 
 
 def run_demo(options: DemoOptions | None = None) -> int:
@@ -92,13 +86,13 @@ def run_demo(options: DemoOptions | None = None) -> int:
     start = time.perf_counter()
     try:
         sequences = _collect(console)
-        plan = _plan(console, sequences.lengths, options.max_seq_len)
-        _feed(console, plan, sequences, options)
+        _plan(console, sequences, options.max_seq_len)
+        _feed(console, sequences, options)
         trainer, iterator = _train(console, sequences, options)
         _prove(console, trainer, sequences, options)
         _resume(console, sequences, options, iterator)
     except DemoError as error:
-        console.print(f"\n[bold red]FAILED:[/] {error}")
+        console.print(f"\n[bold red]FAILED:[/] {escape(str(error))}")
         return 1
     console.print(f"\n[bold green]All checks passed[/] in {time.perf_counter() - start:.0f} s.")
     return 0
@@ -126,7 +120,7 @@ def collect_docstrings() -> list[str]:
                 if isinstance(node, kinds) and (text := ast.get_docstring(node)):
                     found[text] = None
     if not found:
-        fail("demo", "no docstring was found", "run it where the standard library is .py files")
+        fail("collect_docstrings", f"{root} has no docstring", "use a Python with .py files there")
     return list(found)
 
 
@@ -141,18 +135,14 @@ def _parse(path: Path) -> ast.Module:
 
 def encode(text: str) -> NDArray[np.uint16]:
     """Return BOS, the UTF-8 bytes of a text, each plus 3, and EOS."""
-    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    ends = np.array([BOS], np.uint16), np.array([EOS], np.uint16)
-    return np.concatenate([ends[0], data.astype(np.uint16) + np.uint16(FIRST_BYTE), ends[1]])
+    data = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
+    return np.concatenate([[BOS], data + FIRST_BYTE, [EOS]]).astype(np.uint16)
 
 
 def decode(tokens: NDArray[Any]) -> str:
     """Return the text of tokens, without PAD, BOS and EOS; half a character becomes U+FFFD."""
     data = tokens[tokens >= FIRST_BYTE] - FIRST_BYTE
-    try:
-        return data.astype(np.uint8).tobytes().decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:  # a split document may begin or end inside a character
-        return data.astype(np.uint8).tobytes().decode("utf-8", "replace")
+    return data.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
 def encode_all(texts: Iterable[str]) -> FlatSequences:
@@ -168,8 +158,8 @@ def _collect(console: Console) -> FlatSequences:
     sequences = encode_all(collect_docstrings())
     seconds = time.perf_counter() - start
     console.print(
-        f"{len(sequences):,} documents, {len(sequences.tokens):,} tokens (UTF-8 bytes, BOS, EOS), "
-        f"in {seconds:.1f} s"
+        f"{len(sequences):,} documents, {len(sequences.tokens):,} tokens "
+        f"(UTF-8 bytes, BOS, EOS) in {seconds:.1f} s"
     )
     return sequences
 
@@ -177,18 +167,19 @@ def _collect(console: Console) -> FlatSequences:
 # --- 2. plan ----------------------------------------------------------------------------------
 
 
-def _split_lengths(lengths: Int64, max_seq_len: int) -> Int64:
-    """Return the lengths after splitting over-length documents, in the order of the documents."""
-    pieces = -(-lengths // max_seq_len)
-    result = np.full(pieces.sum(), max_seq_len)
-    result[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * max_seq_len
-    return result
+def _cut(sequences: FlatSequences, max_seq_len: int) -> list[NDArray[Any]]:
+    """Cut over-length documents by hand, to check what the library makes of them."""
+    return [
+        tokens[start : start + max_seq_len]
+        for tokens in map(sequences.__getitem__, range(len(sequences)))
+        for start in range(0, len(tokens), max_seq_len)
+    ]
 
 
-def _plan(console: Console, lengths: Int64, max_seq_len: int) -> PackingPlan:
+def _plan(console: Console, sequences: FlatSequences, max_seq_len: int) -> None:
     _heading(console, f"2. Plan: {max_seq_len} tokens per row")
-    pieces = _split_lengths(lengths, max_seq_len)
-    over = int(np.count_nonzero(lengths > max_seq_len))
+    pieces = [len(piece) for piece in _cut(sequences, max_seq_len)]
+    over = np.count_nonzero(sequences.lengths > max_seq_len)
     console.print(f"{over:,} documents are longer and were split: {len(pieces):,} sequences")
     next_fit = pack_sequences(pieces, max_seq_len, algorithm="next_fit")
     counts, _ = length_histogram_from_lengths(pieces, max_seq_len)
@@ -196,7 +187,9 @@ def _plan(console: Console, lengths: Int64, max_seq_len: int) -> PackingPlan:
     plan = pack_length_histogram(counts, max_seq_len)
     milliseconds = 1e3 * (time.perf_counter() - start)
     bound = PackingStats.from_plan(plan).lower_bound
-    table = Table("", "rows", "useful tokens")
+    table = Table("")
+    table.add_column("rows", justify="right")
+    table.add_column("efficiency", justify="right")
     for name, rows in (
         ("one sequence per row, padded", len(pieces)),
         ("next fit, in input order", len(next_fit)),
@@ -204,25 +197,22 @@ def _plan(console: Console, lengths: Int64, max_seq_len: int) -> PackingPlan:
         ("lower bound for any packing", bound),
     ):
         table.add_row(name, f"{rows:,}", f"{plan.num_tokens / (rows * max_seq_len):.2%}")
-    table.columns[1].justify = table.columns[2].justify = "right"
     console.print(table)
     console.print(f"planned in {milliseconds:.1f} ms")
-    return plan
 
 
 # --- 3. feed ----------------------------------------------------------------------------------
 
 
-def _make_source(
-    sequences: FlatSequences, options: DemoOptions, *, epochs: int, batch_size: int | None = None
-) -> PackedSource:
-    counts, pools = length_histogram_from_lengths(
-        sequences.lengths, options.max_seq_len, over_length="split"
-    )
-    plan = pack_length_histogram(counts, options.max_seq_len)
-    size = batch_size or options.batch_size
-    return PackedSource(
-        plan, pools, sequences, seed=options.seed, epochs=epochs, batch_size=size, pad_value=PAD
+def _make_source(sequences: FlatSequences, options: DemoOptions, *, epochs: int) -> PackedSource:
+    return pack_dataset(
+        sequences,
+        options.max_seq_len,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        epochs=epochs,
+        over_length="split",
+        pad_value=PAD,
     )
 
 
@@ -236,96 +226,60 @@ def _make_loader(source: PackedSource) -> grain.DataLoader:
     )
 
 
-def _feed(
-    console: Console, plan: PackingPlan, sequences: FlatSequences, options: DemoOptions
-) -> None:
-    _heading(console, f"3. Feed: two epochs, batches of [{options.batch_size}, L]")
+def _feed(console: Console, sequences: FlatSequences, options: DemoOptions) -> None:
+    _heading(console, "3. Feed: two epochs through a Grain loader")
     source = _make_source(sequences, options, epochs=2)
     start = time.perf_counter()
     batches = list(_make_loader(source))
     seconds = time.perf_counter() - start
-    shapes = {(name, item[name].shape) for item in batches for name in item}
-    expected = (options.batch_size, options.max_seq_len)
+    shape = (options.batch_size, options.max_seq_len)
     _check(
-        shapes == {(name, expected) for name in ("tokens", "segment_ids", "positions")},
-        f"every batch is tokens, segment_ids and positions of shape {list(expected)}",
+        {(name, array.shape) for batch in batches for name, array in batch.items()}
+        == {(name, shape) for name in ("tokens", "segment_ids", "positions")},
+        f"every batch is tokens, segment_ids and positions of shape {list(shape)}",
     )
-    want = _split_counter(sequences, options.max_seq_len)
-    for epoch in range(2):
-        part = batches[epoch * source.steps_per_epoch : (epoch + 1) * source.steps_per_epoch]
-        _check(_segment_counter(part) == want, f"epoch {epoch} holds each sequence exactly once")
-    rows, tokens = 2 * plan.num_bins, 2 * plan.num_tokens
+    want, steps = _count(_cut(sequences, options.max_seq_len)), source.steps_per_epoch
+    for part in (batches[:steps], batches[steps:]):
+        _check(_count(_segments(part)) == want, "an epoch holds each sequence exactly once")
+    rows, tokens = 2 * source.plan.num_bins, source.plan.num_tokens
     console.print(
-        f"{len(batches):,} batches of one shape, {rows:,} rows in {seconds:.2f} s: "
-        f"{rows / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s\n"
-        f"each of the {plan.num_tokens:,} tokens was seen exactly twice, once per epoch: checked"
+        f"{len(batches):,} batches of shape {list(shape)}: {rows:,} rows in {seconds:.2f} s\n"
+        f"{rows / seconds:,.0f} rows/s, {2 * tokens / seconds:,.0f} tokens/s, padding not counted\n"
+        f"each of the {tokens:,} tokens was seen exactly twice, once per epoch: checked"
     )
 
 
-def _split_counter(sequences: FlatSequences, max_seq_len: int) -> Counter[bytes]:
-    """Count the pieces that the batches must hold, cut here and not by the library."""
-    return Counter(
-        tokens[start : start + max_seq_len].astype(np.int32).tobytes()
-        for tokens in map(sequences.__getitem__, range(len(sequences)))
-        for start in range(0, len(tokens), max_seq_len)
-    )
+def _count(arrays: Iterable[NDArray[Any]]) -> Counter[bytes]:
+    return Counter(array.astype(np.int32).tobytes() for array in arrays)
 
 
-def _segment_counter(items: Sequence[dict[str, Any]]) -> Counter[bytes]:
-    """Count the segments of batches by their tokens."""
-    counter: Counter[bytes] = Counter()
-    for item in items:
-        segments = unpack_batch(PackedBatch(**item, features={}))
-        counter.update(segments[k].tobytes() for k in range(len(segments)))
-    return counter
+def _segments(batches: Iterable[dict[str, Any]]) -> Iterator[NDArray[Any]]:
+    for batch in batches:
+        flat = unpack_batch(PackedBatch(**batch, features={}))
+        yield from map(flat.__getitem__, range(len(flat)))
 
 
 # --- 4. train ---------------------------------------------------------------------------------
 
 
-class TrainingStep(NamedTuple):
-    """Where training stands after a step."""
-
-    step: int
-    seconds: float  # since the start
-    loss: float  # mean of the last steps, nats per token
-    tokens_per_second: float  # without padding, and without the first step, which compiles
-
-
-def training_steps(
-    trainer: Trainer, batches: Iterator[dict[str, Any]], seconds: float
-) -> Iterator[TrainingStep]:
-    """Train for at most `seconds`, but for two steps at least."""
-    start = now = time.perf_counter()
-    losses: list[float] = []
-    tokens = 0
-    while len(losses) < 2 or 2 * now - before - start <= seconds:
-        loss, fed = trainer.step(next(batches))
-        before, now = now, time.perf_counter()
-        losses.append(loss)
-        if len(losses) == 1:
-            compiled = now
-        else:
-            tokens += fed
-        rate = tokens / (now - compiled) if tokens else 0.0
-        mean = float(np.mean(losses[-STEPS_PER_LINE:]))
-        yield TrainingStep(len(losses), now - start, mean, rate)
-
-
 @contextmanager
-def _progress(console: Console, seconds: float) -> Iterator[Any]:
-    """Yield a function that shows a `TrainingStep`: a bar on a terminal, a line now and then."""
+def _progress(console: Console, seconds: float) -> Iterator[Callable[[TrainingStep], None]]:
+    """Yield a function that shows a step: a moving bar on a terminal, else a line now and then."""
 
-    def sentence(at: TrainingStep) -> str:
-        return f"step {at.step}: loss {at.loss:.3f}, {at.tokens_per_second:,.0f} tokens/s"
+    def print_line(at: TrainingStep) -> None:
+        if at.step % STEPS_PER_LINE == 0:
+            console.print(str(at))  # rich would lay out the tuple
+
+    def move_bar(at: TrainingStep) -> None:
+        progress.update(task, completed=at.seconds, description=str(at))
 
     if not console.is_terminal:
-        yield lambda at: at.step % STEPS_PER_LINE or console.print(sentence(at))
+        yield print_line
         return
     columns = BarColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=seconds)
-        yield lambda at: progress.update(task, completed=at.seconds, description=sentence(at))
+        yield move_bar
 
 
 def _train(console: Console, sequences: FlatSequences, options: DemoOptions) -> tuple[Trainer, Any]:
@@ -333,7 +287,7 @@ def _train(console: Console, sequences: FlatSequences, options: DemoOptions) -> 
     iterator = iter(_make_loader(_make_source(sequences, options, epochs=TRAINING_EPOCHS)))
     trainer = Trainer(options.seed)
     with _progress(console, options.seconds) as show:
-        for at in training_steps(trainer, iterator, options.seconds):
+        for at in training_steps(trainer, iterator, options.seconds, window=STEPS_PER_LINE):
             if at.step == 1:
                 first = at
             show(at)
@@ -356,32 +310,27 @@ def _prove(
     console: Console, trainer: Trainer, sequences: FlatSequences, options: DemoOptions
 ) -> None:
     _heading(console, "5. Proof: packed = alone")
-    source = _make_source(sequences, options, epochs=1, batch_size=PROOF_ROWS)
-    result = compare_with_alone(trainer.model, source[0])
+    source = _make_source(sequences, replace(options, batch_size=PROOF_ROWS), epochs=1)
+    batches = [source[step] for step in range(min(32, len(source)))]
+    batch = max(batches, key=lambda batch: batch["segment_ids"].max(axis=1).sum())  # the hardest
+    result = compare_with_alone(trainer.model, batch)
     console.print(
-        f"{result.rows} packed rows of {result.sequences} sequences, against each one alone "
-        "(float32)"
+        f"{result.sequences} sequences in {result.rows} rows, against each alone, float32"
     )
     table = Table("", "largest value", "largest difference")
     for name in ("logits", "loss", "gradients"):
         value, difference = getattr(result, name)
         table.add_row(name, f"{value:.3g}", f"{difference:.1e}")
     console.print(table)
-    _check(result.sequences > result.rows, "the rows of the proof hold more than one sequence")
+    _check(result.sequences > result.rows, "a row of the proof holds several sequences")
     _check(result.worst < LIMIT, f"packed and alone differ by less than {LIMIT:g}")
 
 
 # --- 6. stop and resume -----------------------------------------------------------------------
 
 
-class _Resumable(Protocol):
-    """What is needed of a Grain iterator."""
-
-    def __next__(self) -> dict[str, NDArray[np.int32]]: ...
-    def get_state(self) -> bytes: ...
-
-
-def _digest(batch: dict[str, NDArray[np.int32]]) -> str:
+def batch_digest(batch: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 of a batch: names, dtypes, shapes and all bytes."""
     digest = hashlib.sha256()
     for name in sorted(batch):
         array = batch[name]
@@ -391,7 +340,7 @@ def _digest(batch: dict[str, NDArray[np.int32]]) -> str:
 
 
 def save_checkpoint(
-    folder: Path, sequences: FlatSequences, options: DemoOptions, iterator: _Resumable
+    folder: Path, sequences: FlatSequences, options: DemoOptions, iterator: Any
 ) -> None:
     """Write what a fresh process needs: the tokens, the options, and the loader's own state."""
     np.save(folder / "tokens.npy", sequences.tokens)
@@ -409,15 +358,14 @@ def resume_in(folder: str | Path) -> int:
     flags.FLAGS.mark_as_parsed()
     folder = Path(folder)
     if not (folder / "loader.json").is_file():
-        fail("demo", f"{folder} holds no checkpoint", "pass a folder that the demo wrote")
+        fail("resume_in", f"{folder} holds no checkpoint", "pass a folder that the demo wrote")
     options = DemoOptions(**json.loads((folder / "options.json").read_text()))
-    tokens, offsets = (
-        np.load(folder / name, mmap_mode="r") for name in ("tokens.npy", "offsets.npy")
-    )
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     source = _make_source(FlatSequences(tokens, offsets), options, epochs=TRAINING_EPOCHS)
     iterator = iter(_make_loader(source))
     iterator.set_state((folder / "loader.json").read_bytes())
-    print(_digest(next(iterator)))
+    print(batch_digest(next(iterator)))
     return 0
 
 
@@ -431,18 +379,18 @@ def digest_in_fresh_process(folder: str | Path) -> str:
 
 
 def _resume(
-    console: Console, sequences: FlatSequences, options: DemoOptions, iterator: _Resumable
+    console: Console, sequences: FlatSequences, options: DemoOptions, iterator: Any
 ) -> None:
     _heading(console, "6. Stop, and go on in a fresh process")
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), sequences, options, iterator)
         state = (Path(folder) / "loader.json").stat().st_size
-        console.print(f"the loader's checkpoint has {state} bytes")
-        resumed = digest_in_fresh_process(folder)
-    here = _digest(next(iterator))
-    console.print(f"next batch here:              sha256 {here[:32]}")
-    console.print(f"next batch, fresh process:    sha256 {resumed[:32]}")
-    _check(resumed == here, "the fresh process goes on with the same batch")
+        console.print(f"the checkpoint of the loader has {state} bytes")
+        there = digest_in_fresh_process(folder)
+    here = batch_digest(next(iterator))
+    console.print(f"next batch in this process:   sha256 {here[:32]}")
+    console.print(f"next batch in a fresh one:    sha256 {there[:32]}")
+    _check(here == there, "the fresh process goes on with the same batch")
     console.print("identical")
 
 

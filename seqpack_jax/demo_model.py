@@ -7,6 +7,7 @@ segment ids and takes labels that stay inside a segment, and `apply_rope` reads 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ __all__ = [
     "Comparison",
     "DemoModel",
     "Trainer",
+    "TrainingStep",
     "apply_rope",
     "compare_with_alone",
     "packed_loss",
+    "training_steps",
 ]
 
 VOCABULARY = 259  # PAD, BOS, EOS and 256 bytes
@@ -137,6 +140,7 @@ class Trainer:
 
     Args:
         seed: seeds the weights.
+        layers: of the model.
         learning_rate: of AdamW.
 
     Attributes:
@@ -144,8 +148,8 @@ class Trainer:
         compilations: how often the step was compiled; 1 as long as the shapes stay the same.
     """
 
-    def __init__(self, seed: int = 0, learning_rate: float = 3e-3) -> None:
-        self.model = DemoModel(nnx.Rngs(seed))
+    def __init__(self, seed: int = 0, *, layers: int = 2, learning_rate: float = 3e-3) -> None:
+        self.model = DemoModel(nnx.Rngs(seed), layers=layers)
         self.compilations = 0
         self._optimizer = nnx.Optimizer(self.model, optax.adamw(learning_rate), wrt=nnx.Param)
 
@@ -166,6 +170,47 @@ class Trainer:
         """Train on one batch; return its loss before the update, and its tokens without padding."""
         loss, tokens = self._step(self.model, self._optimizer, dict(batch))
         return float(loss), int(tokens)
+
+
+class TrainingStep(NamedTuple):
+    """Where training stands after a step."""
+
+    step: int
+    seconds: float  # since the start
+    loss: float  # mean over the last steps, nats per token
+    tokens_per_second: float  # without padding, and without the first step, which compiles
+
+    def __str__(self) -> str:
+        return f"step {self.step}: loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+
+
+def training_steps(
+    trainer: Trainer, batches: Iterator[Mapping[str, Any]], seconds: float, *, window: int = 25
+) -> Iterator[TrainingStep]:
+    """Train for at most `seconds`, but two steps at least; `loss` is the mean of the last `window`.
+
+    Args:
+        trainer: what to train.
+        batches: packed batches, all of one shape.
+        seconds: stop before a step as long as the last one would end later.
+        window: steps.
+    """
+    start = now = time.perf_counter()
+    duration = compiled = 0.0
+    losses: list[float] = []
+    tokens = 0
+    while len(losses) < 2 or now + duration <= start + seconds:
+        loss, fed = trainer.step(next(batches))
+        losses.append(loss)
+        before, now = now, time.perf_counter()
+        duration = now - before
+        if len(losses) == 1:
+            compiled = now
+        else:
+            tokens += fed
+        rate = tokens / (now - compiled) if tokens else 0.0
+        mean = math.fsum(losses[-window:]) / len(losses[-window:])
+        yield TrainingStep(len(losses), now - start, mean, rate)
 
 
 class Comparison(NamedTuple):

@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from seqpack_jax.demo_model import (
     Comparison,
     DemoModel,
     Trainer,
+    TrainingStep,
     apply_rope,
     compare_with_alone,
     training_steps,
@@ -179,7 +181,7 @@ def test_the_loss_falls_in_one_compilation():
     sequences = demo.encode_all([f"{k}: the same words again and again" for k in range(100)])
     source = pack_dataset(sequences, 64, batch_size=4, epochs=1000)
     batches = map(source.__getitem__, range(len(source)))
-    trainer = Trainer()
+    trainer = Trainer(layers=1, learning_rate=1e-2)
     losses, layouts = [], set()
     for batch in itertools.islice(batches, 15):
         loss, tokens = trainer.step(batch)
@@ -202,6 +204,23 @@ def test_training_stops_in_time(monkeypatch):
     assert [at.loss for at in steps] == [0, 0.5, 1, 2, 3, 4]
     assert [at.tokens_per_second for at in steps] == [0] + 5 * [10]
     assert len(list(training_steps(trainer, itertools.count(), seconds=0.5))) == 2
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    with demo._progress(demo.Console(highlight=False), 60) as show:
+        for step in range(1, 60):
+            show(TrainingStep(step, float(step), 2.5, 12345.6))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 25: loss 2.500, 12,346 tokens/s",
+        "step 50: loss 2.500, 12,346 tokens/s",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    console = demo.Console(force_terminal=True, width=80, record=True, file=io.StringIO())
+    with demo._progress(console, 60) as show:
+        show(TrainingStep(1, 1.0, 2.5, 12345.6))
+    assert "step 1: loss 2.500, 12,346 tokens/s" in console.export_text()
 
 
 # --- stop and resume --------------------------------------------------------------------------
