@@ -171,7 +171,7 @@ def _cut(sequences: FlatSequences, max_seq_len: int) -> list[NDArray[Any]]:
     """Cut over-length documents by hand, to check what the library makes of them."""
     return [
         tokens[start : start + max_seq_len]
-        for tokens in map(sequences.__getitem__, range(len(sequences)))
+        for tokens in sequences
         for start in range(0, len(tokens), max_seq_len)
     ]
 
@@ -255,8 +255,7 @@ def _count(arrays: Iterable[NDArray[Any]]) -> Counter[bytes]:
 
 def _segments(batches: Iterable[dict[str, Any]]) -> Iterator[NDArray[Any]]:
     for batch in batches:
-        flat = unpack_batch(PackedBatch(**batch, features={}))
-        yield from map(flat.__getitem__, range(len(flat)))
+        yield from unpack_batch(PackedBatch(**batch, features={}))
 
 
 # --- 4. train ---------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Commands, their help, and what wrong arguments get."""
+
 import subprocess
 import sys
 

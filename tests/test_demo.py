@@ -1,3 +1,5 @@
+"""The demo on real text, and that its checks can fail."""
+
 import io
 import itertools
 import json
