@@ -36,7 +36,8 @@ def to_portable(array: NDArray[Any]) -> NDArray[Any] | MappedArray:
     owner: Any = array
     while isinstance(getattr(owner, "base", None), np.ndarray):
         owner = owner.base
-    if not isinstance(owner, np.memmap) or owner.filename is None:
+    # What was written to a copy-on-write map is in no file.
+    if not isinstance(owner, np.memmap) or owner.filename is None or owner.mode == "c":
         return array
     start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     offset = int(owner.offset) + start

@@ -12,7 +12,19 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SeqpackError", "check_choice", "check_int", "check_integers", "check_lengths", "fail"]
+__all__ = [
+    "MAX_LENGTH",
+    "MAX_TOTAL",
+    "SeqpackError",
+    "check_choice",
+    "check_int",
+    "check_integers",
+    "check_lengths",
+    "fail",
+]
+
+MAX_LENGTH = 2**31 - 1  # tokens: templates hold lengths as int32
+MAX_TOTAL = 2**62  # tokens or sequences: their sums must stay inside int64
 
 
 class SeqpackError(ValueError):
@@ -59,16 +71,18 @@ def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -
 
 def check_integers(caller: str, name: str, values: Any) -> NDArray[Any]:
     """Return `values` as a 1-D array of an integer dtype (empty input becomes int64)."""
+    hint = f"pass {name} as a 1-D array of integers"
+    if np.ma.is_masked(values):
+        fail(caller, f"{name} has masked entries", f"leave them out of {name} first")
     try:
         array = np.asarray(values)
     except ValueError:
-        fail(caller, f"{name} is ragged", f"pass {name} as a 1-D array of integers")
+        fail(caller, f"{name} is ragged", hint)
     if array.ndim != 1:
-        fail(caller, f"{name} has shape {array.shape}", f"pass {name} as a 1-D array of integers")
+        fail(caller, f"{name} has shape {array.shape}", hint)
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        hint = f"pass {name} as a 1-D array of integers"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             index = int(np.argmin(np.isfinite(array)))
             fail(caller, f"{name}[{index}] = {array[index]} is not an integer", hint)
@@ -84,16 +98,18 @@ def check_lengths(caller: str, lengths: Any, max_seq_len: int | None = None) -> 
     array = check_integers(caller, "lengths", lengths)
     if array.size == 0:
         return array
-    if (low := int(array.min())) < 1:
-        index = int(array.argmin())
-        more = int(np.count_nonzero(array < 1))
+    if int(array.min()) < 1:
+        below = array < 1
+        index = int(below.argmax())
         fail(
             caller,
-            f"lengths[{index}] = {low}, but a length is at least 1 ({_share(more, array.size)} "
-            "below it)",
+            f"lengths[{index}] = {array[index]}, but a length is at least 1 "
+            f"({_share(int(np.count_nonzero(below)), array.size)} below it)",
             "remove empty sequences before planning",
         )
-    if max_seq_len is not None and int(array.max()) > max_seq_len:
+    if max_seq_len is None:
+        max_seq_len = MAX_LENGTH
+    if int(array.max()) > max_seq_len:
         over = array > max_seq_len
         index = int(over.argmax())
         fail(

@@ -10,5 +10,5 @@ flags.FLAGS.mark_as_parsed()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-settings.register_profile("seqpack", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("seqpack", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("seqpack")

@@ -41,6 +41,13 @@ def test_what_is_not_a_piece_of_the_file_travels_by_value(mapped, view):
     assert not isinstance(to_portable(view(mapped)), MappedArray)
 
 
+def test_changes_of_a_copy_on_write_map_travel(tmp_path):
+    np.arange(10, dtype=np.int32).tofile(tmp_path / "raw.bin")
+    array = np.memmap(tmp_path / "raw.bin", np.int32, "c")
+    array[:] = -7
+    assert from_portable(pickle.loads(pickle.dumps(to_portable(array)))).tolist() == [-7] * 10
+
+
 def test_an_offset_map_and_a_plain_array(tmp_path):
     path = tmp_path / "raw.bin"
     np.arange(1000, dtype=np.int32).tofile(path)

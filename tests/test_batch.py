@@ -96,8 +96,19 @@ def test_bad_calls():
         sp.pack_batch(bins, sequences, 8, lengths=[3, 2, 8], rows=1)
     with pytest.raises(sp.SeqpackError, match=r"bin 0 holds 8 tokens of 7"):
         sp.pack_batch(bins, sequences, 7, lengths=[3, 2, 8])
-    with pytest.raises(sp.SeqpackError, match=r"an id outside of \[0, 2\)"):
+    with pytest.raises(sp.SeqpackError, match=r"bins.ids\[0\] = 2, but ids are in \[0, 2\)"):
         sp.pack_batch(bins, sequences, 8, lengths=[3, 2])
+    with pytest.raises(sp.SeqpackError, match="sequence 2 is missing"):
+        sp.pack_batch(bins, sequences[:2], 8, lengths=[3, 2, 8])
+    with pytest.raises(sp.SeqpackError, match="sequence 0 is no array"):
+        sp.pack_batch(bins, [[[1], [2, 3]], *sequences[1:]], 8, lengths=[3, 2, 8])
+    with pytest.raises(sp.SeqpackError, match="bins is a list, not Bins"):
+        sp.pack_batch([[0, 1]], sequences, 8, lengths=[3, 2, 8])
+    with pytest.raises(sp.SeqpackError, match="bins.ids has dtype float64"):
+        sp.pack_batch(sp.Bins(np.zeros(1), np.arange(2), 8), sequences, 8, lengths=[3, 2, 8])
+    for pad in (2**31, None, 1.5, True):
+        with pytest.raises(sp.SeqpackError, match="pad_value"):
+            sp.pack_batch(bins, sequences, 8, lengths=[3, 2, 8], pad_value=pad)
     with pytest.raises(sp.SeqpackError, match=r"an id is not in \[0, 2\)"):
         sp.pack_batch(bins, flat(sequences[:2]), 8, lengths=[3, 2, 8])
 
@@ -105,15 +116,24 @@ def test_bad_calls():
 def test_flat_sequences_check_their_ends():
     with pytest.raises(sp.SeqpackError, match="offsets run from 0 to 6, but there are 5 tokens"):
         sp.FlatSequences(np.arange(5), np.array([0, 6]))
+    with pytest.raises(sp.SeqpackError, match="offsets run from 3 to 5"):
+        sp.FlatSequences(np.arange(5), np.cumsum([3, 2]))  # the leading 0 forgotten
+    with pytest.raises(sp.SeqpackError, match="offsets run from 0 to 4, but there are 5 tokens"):
+        sp.FlatSequences(np.arange(5), np.array([0, 4]))
     with pytest.raises(sp.SeqpackError, match="offsets are empty"):
         sp.FlatSequences(np.arange(5), np.array([], np.int64))
     with pytest.raises(sp.SeqpackError, match="tokens has dtype float64"):
         sp.FlatSequences(np.zeros(5), np.array([0, 5]))
     sequences = sp.FlatSequences(np.arange(5), np.array([0, 2, 5]))
     assert sequences.lengths.tolist() == [2, 3]
+    assert [each.tolist() for each in sequences] == [[0, 1], [2, 3, 4]]
     for index in (2, -1):
         with pytest.raises(IndexError, match="of 2"):
             sequences[index]
+    with pytest.raises(sp.SeqpackError, match=r"index = 0.5 is not an integer"):
+        sequences[0.5]
+    many = sp.FlatSequences(np.arange(300), np.arange(301))
+    assert many[np.uint8(255)].tolist() == [255]
 
 
 def test_memory_mapped_sequences_travel_by_path(tmp_path):
@@ -158,6 +178,25 @@ def test_a_split_sequence_of_another_length_is_refused(change):
         if (bins.ids >= 2).any():
             with pytest.raises(sp.SeqpackError, match=f"{9 + change} tokens, but 9 were planned"):
                 sp.pack_batch(bins, sequences, 4, lengths=[9, 2], pieces=pools.pieces)
+
+
+def test_lengths_of_split_sequences_are_those_of_the_sources():
+    _, pools = sp.length_histogram_from_lengths([9, 2], 4, over_length="split")
+    bins = sp.Bins(np.array([1]), np.array([0, 1]), 4)
+    with pytest.raises(sp.SeqpackError, match="there are 3 lengths, but 2 sequences were split"):
+        sp.pack_batch(bins, [], 4, lengths=[9, 2, 4], pieces=pools.pieces)
+    far = sp.Bins(np.array([77]), np.array([0, 1]), 4)
+    with pytest.raises(sp.SeqpackError, match=r"ids are in \[0, 5\)"):
+        sp.pack_batch(far, [], 4, lengths=[9, 2], pieces=pools.pieces)
+
+
+def test_unpack_takes_items_of_a_pipeline():
+    bins = sp.pack_sequences([2, 1], 3)
+    batch = sp.pack_batch(bins, [[1, 2], [3]], 3, lengths=[2, 1])
+    assert sp.unpack_batch(batch.asdict()).tokens.tolist() == [1, 2, 3]
+    row = {name: array[0] for name, array in batch.asdict().items()}
+    with pytest.raises(sp.SeqpackError, match="not .B, L."):
+        sp.unpack_batch(row)
 
 
 def test_a_batch_is_a_pytree():

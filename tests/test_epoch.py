@@ -96,9 +96,12 @@ def test_bad_indices():
     for index in (2, -3):
         with pytest.raises(IndexError, match="of 2"):
             epoch[index]
+    for index in (0.5, [0, 1], None):
+        with pytest.raises(sp.SeqpackError, match=r"index = .* is not an integer"):
+            epoch[index]
     with pytest.raises(sp.SeqpackError, match="epoch = -1"):
         sp.materialize_epoch(plan, pools, epoch=-1)
-    with pytest.raises(sp.SeqpackError, match="not an integer"):
+    with pytest.raises(sp.SeqpackError, match=r"materialize_epoch: seed = 1.5 is not an integer"):
         sp.materialize_epoch(plan, pools, seed=1.5)
 
 

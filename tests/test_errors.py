@@ -33,6 +33,9 @@ def test_it_is_a_value_error():
         ([[1, 2]], ["shape (1, 2)"]),
         ([[1], [2, 3]], ["ragged"]),
         (5, ["shape ()"]),
+        (np.ma.array([1, 2], mask=[0, 1]), ["lengths has masked entries"]),
+        ([3, 0, -4], ["lengths[1] = 0", "2 of 3"]),
+        (np.array([2**63 + 1], np.uint64), ["lengths[0] = 9223372036854775809"]),
     ],
 )
 @pytest.mark.parametrize(
@@ -66,6 +69,11 @@ def test_bad_options():
     assert "tolerance = 0" in message(sp.pack_sequences, [1], 8, tolerance=0)
     assert "tolerance = 0" in message(sp.pack_length_histogram, {1: 1}, 8, tolerance=0)
     assert "in [1, 3]" in message(check_int, "f", "x", 4, 1, 3)
+    for options in ({"tolerance": 0}, {"seed": "x"}):
+        assert str(next(iter(options))) in message(
+            sp.pack_sequences, [1], 8, algorithm="next_fit", **options
+        )
+    assert "lengths[0] = 10000000000000" in message(sp.length_histogram_from_lengths, [10**13])
     assert "x = 3 is not known" in message(check_choice, "f", "x", 3, ("a",))
 
 
@@ -81,6 +89,9 @@ def test_bad_options():
         ([1, 2], "counts[0] = 1"),
         ([0] * 9 + [4], "counts[9] = 4"),
         (np.zeros((2, 2), int), "shape (2, 2)"),
+        ({1: 2**62, 2: 2**62}, "tokens, beyond the limit of 2**62"),
+        (np.array([0, 2**63 + 5], np.uint64), "tokens, beyond the limit of 2**62"),
+        ({10**13: 1}, "counts[10000000000000] = 1"),
     ],
 )
 def test_bad_counts(counts, part):

@@ -91,13 +91,41 @@ def test_first_fit_decreasing_worst_case_of_johnson():
     assert plan.num_bins * 9 == optimum * 11
 
 
-def test_the_cap_prefers_the_bin_with_the_most_segments():
-    """Equal room, different numbers of segments: the rule decides how many bins are needed."""
-    counts = {6: 1, 3: 2, 4: 4, 1: 2}
-    for algorithm in ("best_fit_decreasing", "worst_fit_decreasing"):
-        lengths = [length for length, count in counts.items() for _ in range(count)]
-        plan = pack_length_histogram(counts, 10, algorithm=algorithm, max_segments=3)
-        assert plan.num_bins == len(getattr(reference, algorithm)(lengths, 10, 3))
+@pytest.mark.parametrize(
+    ("algorithm", "lengths", "capacity"),
+    [
+        ("best_fit_decreasing", [8, 4, 4, 3, 1, 1], 11),
+        ("worst_fit_decreasing", [7, 5, 2, 2, 1, 1], 9),
+    ],
+)
+def test_the_cap_prefers_the_bin_with_the_most_segments(algorithm, lengths, capacity):
+    """Instances where the opposite rule for equal rooms needs 3 bins instead of 2."""
+    plan = pack_length_histogram(
+        np.bincount(lengths), capacity, algorithm=algorithm, max_segments=3
+    )
+    assert plan.num_bins == len(getattr(reference, algorithm)(lengths, capacity, 3)) == 2
+
+
+def test_the_strategy_draws_packings_worth_testing():
+    """So that the property tests above cannot pass for want of cases."""
+    kinds = Counter()
+
+    @given(packing=packings(), cap=caps)
+    def look(packing, cap):
+        lengths, capacity = packing
+        bins = reference.best_fit_decreasing(lengths, capacity)
+        kinds["several per bin"] += len(bins) >= 3 and len(lengths) >= 2 * len(bins)
+        kinds["many lengths"] += len(set(lengths)) >= 4
+        kinds["cap binds"] += cap is not None and any(len(held) > cap for held in bins)
+
+    look()
+    assert min(kinds.values()) >= 20, kinds
+
+
+def test_a_large_cap_costs_nothing():
+    """Seconds, and gigabytes, if a cap widened the bit mask."""
+    plan = pack_length_histogram({10: 5, 20: 7, 30: 9}, 1_000_000, max_segments=100_000)
+    assert plan.num_bins == 1
 
 
 @given(packing=packings(), cap=caps)

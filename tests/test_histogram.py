@@ -118,6 +118,23 @@ def test_empty_input():
     assert pools.num_sequences == 0
 
 
+def test_pools_need_an_id_per_place():
+    with pytest.raises(sp.SeqpackError, match="there are 2 ids, but starts end at 3"):
+        sp.SequencePools(np.arange(2), np.array([0, 0, 3]))
+    _, pools = sp.length_histogram_from_lengths([255] * 3)
+    assert pools[np.uint8(255)].tolist() == [0, 1, 2]
+    assert sp.SequencePools.identity({255: 3})[np.uint8(255)].tolist() == [0, 1, 2]
+    with pytest.raises(sp.SeqpackError, match=r"length = 2.5 is not an integer"):
+        pools[2.5]
+
+
+def test_split_pools_pickle_whole():
+    _, pools = sp.length_histogram_from_lengths([3, 9, 8], 4, over_length="split")
+    again = pickle.loads(pickle.dumps(pools))
+    assert again.pieces.num_sequences == 3
+    assert again.pieces.start.tolist() == pools.pieces.start.tolist()
+
+
 def test_memory_mapped_pools_pickle_by_path(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100_000))
     ids = np.load(tmp_path / "ids.npy", mmap_mode="r")

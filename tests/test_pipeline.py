@@ -178,6 +178,8 @@ def test_bad_arguments():
         ({"batch_size": 0}, "batch_size = 0"),
         ({"shard": (2, 2)}, r"shard\[0\] = 2"),
         ({"shard": (0, 0)}, r"shard\[1\] = 0"),
+        ({"shard": 1}, "shard = 1"),
+        ({"shard": (0, 1, 2)}, r"shard = \(0, 1, 2\)"),
         ({"remainder": "keep"}, "choose one of pad, drop"),
         ({"seed": 0.5}, "seed = 0.5 is not an integer"),
         ({"pad_value": 2**31}, "pad_value = 2147483648"),
@@ -191,8 +193,64 @@ def test_bad_arguments():
     for index in (-1, len(source)):
         with pytest.raises(IndexError, match=f"of {len(source)}"):
             source[index]
-    with pytest.raises(sp.SeqpackError, match="no step is left"):
+    with pytest.raises(sp.SeqpackError, match=r"index = 1.7 is not an integer"):
+        source[1.7]
+    with pytest.raises(sp.SeqpackError, match="there are no sequences"):
         sp.pack_dataset([], CAPACITY, batch_size=1)
+    for sequences in (3, None, iter([[1]]), [1, 2], {1}):
+        with pytest.raises(sp.SeqpackError, match="cannot be counted"):
+            sp.pack_dataset(sequences, CAPACITY, batch_size=1)
+    with pytest.raises(sp.SeqpackError, match="there are 4 lengths, but 2 sequences"):
+        sp.pack_dataset([[1], [2]], CAPACITY, lengths=[1] * 4, batch_size=1)
+
+
+def test_grains_shard_options_name_a_shard():
+    options = grain.sharding.ShardOptions(shard_index=1, shard_count=2)
+    equal(list(source_of(shard=options)), list(source_of(shard=(1, 2))))
+
+
+def test_a_missing_sequence_is_not_the_end():
+    """An IndexError of the user's data would silently end an iteration."""
+
+    class Short:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, index):
+            return [np.ones(4, int)][index]
+
+    source = sp.pack_dataset(Short(), 8, lengths=[4] * 9, batch_size=2)
+    with pytest.raises(sp.SeqpackError, match="is missing"):
+        list(source)
+
+
+def test_an_over_length_sequence_is_named_with_a_tolerance_too():
+    source = sp.pack_dataset([np.ones(100, int)], 64, lengths=[64], batch_size=1, tolerance=8)
+    with pytest.raises(sp.SeqpackError, match="sequence 0 has 100 tokens, but 64 were planned"):
+        source[0]
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=20),
+    tolerance=st.integers(1, 9),
+    cap=st.none() | st.integers(1, 3),
+)
+def test_splitting_with_a_tolerance_and_a_cap(lengths, tolerance, cap):
+    sequences = random_sequences(lengths)
+    options = {"tolerance": tolerance, "max_segments": cap, "over_length": "split"}
+    source = sp.pack_dataset(sequences, CAPACITY, batch_size=2, **options)
+    items = list(source)
+    tokens = np.concatenate([item["tokens"][item["segment_ids"] > 0] for item in items])
+    assert sorted(tokens.tolist()) == sorted(np.concatenate(sequences).tolist())
+    assert cap is None or max(item["segment_ids"].max() for item in items) <= cap
+
+
+def test_what_was_drawn_stays_behind():
+    source = source_of()
+    before = len(pickle.dumps(source))
+    _ = source[0], source[1], source[2]
+    assert len(pickle.dumps(source)) == before
 
 
 def test_repr_says_what_determines_the_items():
@@ -390,6 +448,15 @@ def test_a_live_set_state_forgets_what_was_read():
     equal(rest, whole[5:])
     iterator.set_state(state)
     equal(list(iterator), whole[1:])
+
+
+def test_an_error_loses_no_record():
+    records = Records(records_of(30))
+    records[7] = {"tokens": np.array([2**40])}
+    iterator = iter(loader(records, 0, [sp.PackOperation(CAPACITY, batch_size=4)]))
+    for _ in range(2):
+        with pytest.raises(sp.SeqpackError, match="the token 1099511627776, beyond int32"):
+            next(iterator)
 
 
 def test_one_operation_serves_many_passes():

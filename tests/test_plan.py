@@ -1,6 +1,7 @@
 """Plans and bins: their invariants, their checks, and what is saved."""
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 
@@ -67,7 +68,8 @@ def test_an_empty_plan():
 
 
 def change(plan, **fields):
-    return dataclasses.replace(plan, **{k: np.asarray(v) for k, v in fields.items()})
+    arrays = {k: np.asarray(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return dataclasses.replace(plan, **arrays)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,12 @@ def change(plan, **fields):
         ({"lengths": [7, 3, 5, 5, 5, 0, 3]}, "lengths[5] = 0"),
         ({"lengths": [3, 7, 5, 5, 5, 3, 3]}, "lengths[0] is below its successor"),
         ({"lengths": [7, 4, 5, 5, 5, 3, 3]}, "template 0 holds 11 tokens of 10"),
+        ({"multiplicity": [2**61] * 4}, "beyond the limit of 2**62"),
+        ({"num_tokens": 42}, "num_tokens = 42, the templates hold 41"),
+        ({"num_tokens": 40}, "num_tokens = 40, the templates hold 41"),
+        ({"tolerance": 0}, "tolerance = 0"),
+        ({"lengths": [7.0, 3, 5, 5, 5, 3, 3]}, "lengths has dtype float64"),
+        ({"multiplicity": [[2, 1], [1, 1]]}, "multiplicity has shape (2, 2)"),
         ({"offsets": [0, 2, 2, 6, 7]}, "offsets do not cut"),
         ({"offsets": [0, 2, 4, 6]}, "offsets do not cut"),
         ({"offsets": [0, 2, 4, 6, 8]}, "offsets do not cut"),
@@ -96,12 +104,55 @@ def test_check_compares_with_the_counts(plan):
         plan.check({5: 5, 3: 3})
     with pytest.raises(sp.SeqpackError, match="0 slots of length 9 for 2 sequences"):
         plan.check({5: 5, 3: 3, 7: 1, 9: 2})
-    wrong = dataclasses.replace(plan, num_tokens=40)
-    with pytest.raises(sp.SeqpackError, match="plan is for 40 tokens, the counts have 41"):
-        wrong.check({5: 5, 3: 3, 7: 1})
+    coarse = sp.pack_length_histogram({3: 2, 4: 2}, 8, tolerance=4)
+    with pytest.raises(sp.SeqpackError, match="plan is for 14 tokens, the counts have 13"):
+        coarse.check({3: 3, 4: 1})
 
 
-def test_from_counter_refuses_what_does_not_fit():
+@pytest.mark.parametrize("byte", range(0, 2600, 13))
+def test_a_changed_byte_never_loads_as_another_plan(plan, tmp_path, byte):
+    path = tmp_path / "plan.npz"
+    plan.save(path)
+    data = bytearray(path.read_bytes())
+    data[byte % len(data)] ^= 0x10
+    path.write_bytes(data)
+    try:
+        loaded = sp.PackingPlan.load(path)
+    except sp.SeqpackError:
+        return
+    assert loaded.digest() == plan.digest()
+    assert loaded.certificate == plan.certificate
+
+
+def test_plans_travel_small(tmp_path):
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.7, 1, 200_000), 1, 2048).astype(int)
+    large = sp.pack_length_histogram(np.bincount(lengths), 2048)
+    assert len(np.unique(lengths)) > 1800
+    _ = large.slot_starts, large.bin_starts, large.fills  # derived arrays stay behind
+    data = pickle.dumps(large)
+    assert len(data) < 100_000
+    again = pickle.loads(data)
+    assert again.digest() == large.digest()
+    assert again.certificate == large.certificate
+    assert (again.lengths.dtype, again.offsets.dtype) == (np.int32, np.int64)
+    arrays = {name: getattr(large, name) for name in ("lengths", "offsets", "multiplicity")}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        arrays[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    mapped = dataclasses.replace(large, **arrays)
+    assert len(pickle.dumps(mapped)) < 2000
+    assert pickle.loads(pickle.dumps(mapped)).digest() == large.digest()
+
+
+def test_from_counter_merges_and_refuses_what_does_not_fit():
+    merged = sp.PackingPlan.from_counter({(4, 3): 1, (3, 4): 2}, 8)
+    assert merged.to_counter() == {(4, 3): 3}
+    with pytest.raises(sp.SeqpackError, match=r"from_counter: 4 is not a template"):
+        sp.PackingPlan.from_counter({4: 1}, 8)
+    with pytest.raises(sp.SeqpackError, match=r"from_counter: multiplicity\[0\] = 0"):
+        sp.PackingPlan.from_counter({(4,): 0}, 8)
+    with pytest.raises(sp.SeqpackError, match="max_seq_len = 8589934592"):
+        sp.PackingPlan.from_counter({(2**32 + 5,): 1}, 2**33)
     with pytest.raises(sp.SeqpackError, match=r"lengths\[0\] = 11"):
         sp.PackingPlan.from_counter({(11,): 1}, 10)
     with pytest.raises(sp.SeqpackError, match="template 0 holds 12 tokens of 10"):
@@ -155,13 +206,23 @@ def test_a_damaged_file_is_an_error(plan, tmp_path):
     with np.load(path) as file:
         fields = dict(file)
     for name, value, part in [
-        ("multiplicity", fields["multiplicity"] + 1, "says digest"),
+        ("multiplicity", fields["multiplicity"] + 1, "num_tokens = 41, the templates hold 72"),
+        ("digest", np.array("0" * 32), "says digest 0000"),
         ("head", fields["head"] + [1, 0, 0, 0], "has format 2, not 1"),
         ("lengths", fields["lengths"].astype(float), "not a saved plan"),
+        ("multiplicity", fields["multiplicity"][None], "multiplicity has shape"),
+        ("offsets", np.array(3), "offsets has shape"),
+        ("bound", np.arange(3), "not a saved plan"),
+        ("bound", np.array(6), "lower bound 6 for 5 bins"),
+        ("bound", np.array(-4), "lower bound -4 for 5 bins"),
         ("lengths", fields["lengths"][[1, 0, 2, 3, 4, 5, 6]], "below its successor"),
     ]:
         np.savez(path, **{**fields, name: value})
         with pytest.raises(sp.SeqpackError, match=part):
+            sp.PackingPlan.load(path)
+    for name in fields:
+        np.savez(path, **{key: value for key, value in fields.items() if key != name})
+        with pytest.raises(sp.SeqpackError, match="not a saved plan"):
             sp.PackingPlan.load(path)
     np.savez(path, lengths=fields["lengths"])
     with pytest.raises(sp.SeqpackError, match="not a saved plan"):
@@ -183,6 +244,15 @@ def test_bins_are_a_sequence_of_views():
         bins[-4]
     with pytest.raises(sp.SeqpackError, match="step 2"):
         bins[::2]
+    for index in (0.5, [0, 1], np.array([0, 1]), None):
+        with pytest.raises(sp.SeqpackError, match=r"index = .* is not an integer"):
+            bins[index]
+
+
+def test_narrow_indices_do_not_wrap():
+    bins = sp.Bins(np.arange(600), np.arange(0, 601, 2), 8)
+    assert bins[np.uint8(255)].tolist() == [510, 511]
+    assert bins[np.int8(-1)].tolist() == [598, 599]
 
 
 def test_bins_check_sees_damage():
@@ -195,6 +265,9 @@ def test_bins_check_sees_damage():
         ([0, 1, 3], [0, 2, 3], "an id is not in [0, 3)"),
         ([0, 2, 1], [0, 2, 3], "bin 0 holds 9 tokens of 8"),
         ([0, 1, 2], [0, 2, 2], "offsets do not cut"),
+        ([0, 1, 2], np.array([0, 2, 1, 3], np.uint32), "offsets do not cut"),
+        ([0, 1, 2], [], "offsets do not cut"),
+        ([0.0, 1.0, 2.0], [0, 2, 3], "ids has dtype float64"),
     ]:
         with pytest.raises(sp.SeqpackError, match="Hint") as caught:
             sp.Bins(np.array(ids), np.array(offsets), 8).check(lengths)

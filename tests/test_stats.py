@@ -50,3 +50,5 @@ def test_no_bins_and_wrong_bins():
         sp.PackingStats.from_bins(bins, [3, 4, 5], 8)
     with pytest.raises(sp.SeqpackError, match=r"lengths\[1\] = 9"):
         sp.PackingStats.from_bins(bins, [3, 9], 8)
+    with pytest.raises(sp.SeqpackError, match="max_seq_len = 4, but the bins were packed for 8"):
+        sp.PackingStats.from_bins(bins, [3, 4], 4)

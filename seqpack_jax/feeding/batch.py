@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -70,7 +70,8 @@ class FlatSequences:
 
     Attributes:
         tokens: integers `[t]`, all sequences one after another.
-        offsets: integers `[n + 1]`; sequence `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+        offsets: integers `[n + 1]`, rising from 0 to `t`; sequence `i` is
+            `tokens[offsets[i]:offsets[i + 1]]`.
 
     Example:
         >>> sequences = FlatSequences(np.array([7, 8, 9, 4, 5]), np.array([0, 3, 5]))
@@ -85,7 +86,7 @@ class FlatSequences:
         caller = "FlatSequences"
         tokens = check_integers(caller, "tokens", self.tokens)
         offsets = check_integers(caller, "offsets", self.offsets)
-        if len(offsets) == 0 or offsets[0] < 0 or int(offsets[-1]) > len(tokens):
+        if len(offsets) == 0 or offsets[0] != 0 or int(offsets[-1]) != len(tokens):
             ends = f"run from {offsets[0]} to {offsets[-1]}" if len(offsets) else "are empty"
             fail(
                 caller,
@@ -106,6 +107,7 @@ class FlatSequences:
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the tokens of one sequence: a view."""
+        index = check_int("FlatSequences", "index", index)
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -161,15 +163,23 @@ def pack_batch(
     """
     caller = "pack_batch"
     max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
+    if not isinstance(bins, Bins):
+        fail(caller, f"bins is a {type(bins).__name__}, not Bins", "pass Bins(ids, offsets, ...)")
     rows = check_int(caller, "rows", len(bins) if rows is None else rows, len(bins))
+    pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
     planned = check_integers(caller, "lengths", lengths)
-    whole = np.minimum(bins.ids, len(planned) - 1) if pieces else bins.ids
-    if len(whole) and not 0 <= int(whole.min()) <= int(whole.max()) < len(planned):
-        fail(
-            caller, f"a bin holds an id outside of [0, {len(planned)})", "pass the lengths planned"
-        )
+    ids, known = check_integers(caller, "bins.ids", bins.ids), len(planned)
+    if pieces is not None:
+        if known != pieces.num_sequences:
+            problem = f"there are {known} lengths, but {pieces.num_sequences} sequences were split"
+            fail(caller, problem, "pass the lengths that were planned")
+        planned = np.concatenate([planned, pieces.stop - pieces.start])
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(planned):
+        at = int(((ids < 0) | (ids >= len(planned))).argmax())
+        problem = f"bins.ids[{at}] = {ids[at]}, but ids are in [0, {len(planned)})"
+        fail(caller, problem, "pass the lengths that were planned")
     arrays = fetch_sequences(
-        caller, sequences, bins.ids, planned[whole], pieces=pieces, max_seq_len=max_seq_len
+        caller, sequences, ids, planned[ids], pieces=pieces, max_seq_len=max_seq_len
     )
     return fill_rows(caller, arrays, bins.offsets, rows, max_seq_len, pad_value)
 
@@ -203,7 +213,8 @@ def fetch_sequences(
     have = np.array([len(array) for array in arrays], np.int64)
     expected = have
     if tolerance > 1:
-        expected = np.where(is_piece, have, coarsen_lengths(have, tolerance, max_seq_len))
+        as_is = is_piece | (have > max_seq_len)
+        expected = np.where(as_is, have, coarsen_lengths(have, tolerance, max_seq_len))
     wrong = expected != want
     if wrong.any():
         k = int(wrong.argmax())
@@ -226,7 +237,14 @@ def _read(caller: str, sequences: SequenceSource, ids: Int64) -> list[NDArray[An
             fail(caller, f"an id is not in [0, {len(sequences)})", "pass the sequences planned")
         starts, stops = sequences.offsets[ids].tolist(), sequences.offsets[ids + 1].tolist()
         return [tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
-    arrays = [np.asarray(sequences[index]) for index in ids.tolist()]
+    arrays = []
+    for index in ids.tolist():
+        try:
+            arrays.append(np.asarray(sequences[index]))
+        except (IndexError, KeyError) as error:
+            fail(caller, f"sequence {index} is missing ({error!r})", "pass the sequences planned")
+        except ValueError as error:
+            fail(caller, f"sequence {index} is no array ({error})", "return 1-D arrays of integers")
     for array, index in zip(arrays, ids.tolist(), strict=True):
         if array.ndim != 1 or array.dtype.kind not in "iu":
             fail(
@@ -280,7 +298,8 @@ def _as_int32(caller: str, tokens: NDArray[Any]) -> NDArray[np.int32]:
         return tokens
     hint = "tokens must fit into int32"
     if tokens.dtype.kind not in "iu":
-        fail(caller, f"the tokens of a batch have the common dtype {tokens.dtype}", hint)
+        problem = f"the tokens of a batch have the common dtype {tokens.dtype}"
+        fail(caller, problem, "uint64 and signed integers have no common dtype: use int64")
     limits = np.iinfo(np.int32)
     for value in (int(tokens.min()), int(tokens.max())):
         if not limits.min <= value <= limits.max:
@@ -288,16 +307,20 @@ def _as_int32(caller: str, tokens: NDArray[Any]) -> NDArray[np.int32]:
     return tokens.astype(np.int32)
 
 
-def unpack_batch(batch: PackedBatch) -> FlatSequences:
+def unpack_batch(batch: PackedBatch | Mapping[str, Any]) -> FlatSequences:
     """Return the segments of a batch, row after row: the inverse of `pack_batch`.
 
     Time: O(B * L).
 
     Args:
-        batch: arrays `[B, L]`; NumPy, or JAX arrays, which are copied to the host.
+        batch: a `PackedBatch` or an item of a Grain pipeline, of arrays `[B, L]`; NumPy, or JAX
+            arrays, which are copied to the host.
 
     Returns:
-        A `FlatSequences`; its sequence `k` is the one that bin ids `bins.ids[k]` put there.
+        A `FlatSequences`; its sequence `k` is the one whose id is `bins.ids[k]`.
+
+    Raises:
+        SeqpackError: the arrays are not `[B, L]`.
 
     Example:
         >>> ids = np.array([[1, 1, 2, 0]], np.int32)
@@ -305,10 +328,13 @@ def unpack_batch(batch: PackedBatch) -> FlatSequences:
         >>> [tokens.tolist() for tokens in unpack_batch(batch)]
         [[7, 8], [9]]
     """
-    segment_ids = np.asarray(batch.segment_ids)
+    named = batch if isinstance(batch, Mapping) else batch.asdict()
+    segment_ids, tokens = np.asarray(named["segment_ids"]), np.asarray(named["tokens"])
+    if segment_ids.ndim != 2 or tokens.shape != segment_ids.shape:
+        problem = f"tokens are {tokens.shape}, segment_ids {segment_ids.shape}, not [B, L]"
+        fail("unpack_batch", problem, "pass whole batches, or add an axis: array[None]")
     starts = np.diff(segment_ids, axis=1, prepend=0) != 0
     starts[:, :1] = True  # a row never goes on from the row before
     real = segment_ids > 0
     first = np.flatnonzero(starts[real])
-    tokens = np.asarray(batch.tokens)[real]
-    return FlatSequences(tokens, np.append(first, len(tokens)))
+    return FlatSequences(tokens[real], np.append(first, np.count_nonzero(real)))

@@ -31,7 +31,7 @@ class Epoch:
     Made by `materialize_epoch`.  `len(epoch)` is the number of bins; `epoch[i]` is the ids in bin
     `i`; `epoch[a:b]` and `epoch.bins(indices)` are `Bins`; iteration goes over all bins.
 
-    Time: O(1) to make, O(result) to read; memory: nothing but the plan and the pools.
+    Time: O(result) to read.  Memory: nothing but the plan and the pools.
 
     Attributes:
         plan: which lengths share a bin.
@@ -65,9 +65,10 @@ class Epoch:
         """Return the ids in one bin, or the `Bins` of a slice."""
         if isinstance(index, slice):
             return self.bins(np.arange(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"bin {index} of {len(self)}")
-        return self.bins([index % len(self)]).ids
+        place = check_int("Epoch", "index", index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"bin {place} of {len(self)}")
+        return self.bins([place % len(self)]).ids
 
     def __iter__(self) -> Iterator[Int64]:
         for start in range(0, len(self), _CHUNK):
@@ -127,7 +128,7 @@ def materialize_epoch(
     Every epoch uses each id exactly once, pairs sequences of each length anew, and takes the bins
     in a new order.  Any bin can be read at once; see `Epoch`.
 
-    Time: O(size of the plan), whatever the number of sequences.
+    Time: O(size of the plan + max_len), whatever the number of sequences.
 
     Args:
         plan: from `pack_length_histogram`.
@@ -154,6 +155,7 @@ def materialize_epoch(
     """
     caller = "materialize_epoch"
     epoch = check_int(caller, "epoch", epoch, 0)
+    seed = None if seed is None else check_int(caller, "seed", seed)
     planned = pools.coarsen(plan.tolerance, plan.max_seq_len)
     counts, slots = planned.counts, plan.counts
     size = min(len(counts), len(slots))

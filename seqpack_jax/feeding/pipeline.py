@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from seqpack_jax.errors import check_choice, check_int, fail
 from seqpack_jax.feeding.batch import FlatSequences, SequenceSource, fetch_sequences, fill_rows
 from seqpack_jax.feeding.epoch import materialize_epoch
 from seqpack_jax.feeding.streaming import longest_prefix
-from seqpack_jax.permutation import seed_from_components
+from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
 from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
 from seqpack_jax.planning.packers import pack_length_histogram
 from seqpack_jax.planning.plan import Bins, PackingPlan
@@ -57,7 +58,8 @@ class PackedSource:
         epochs: how often each sequence comes; each epoch pairs sequences anew.
         batch_size: rows per item, as arrays `[batch_size, max_seq_len]`; None for single rows,
             `[max_seq_len]`, that a Grain `batch` puts together.
-        shard: `(index, count)` of this process.
+        shard: `(index, count)` of this process, or a `grain.sharding.ShardOptions`.  Shard here, not
+            in Grain's sampler, which would deal whole epochs to different processes.
         remainder: `"pad"` fills the last step of an epoch with empty rows, `"drop"` leaves out the
             rows that do not fill a step (other ones each epoch).
         shuffle: False keeps the rows in the order of the plan.
@@ -95,9 +97,7 @@ class PackedSource:
         self.batch_size = (
             None if batch_size is None else check_int(caller, "batch_size", batch_size, 1)
         )
-        index, count = shard
-        count = check_int(caller, "shard[1]", count, 1)
-        self.shard = (check_int(caller, "shard[0]", index, 0, count - 1), count)
+        self.shard = _check_shard(caller, shard)
         self.remainder = check_choice(caller, "remainder", remainder, ("pad", "drop"))
         self.shuffle = bool(shuffle)
         self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
@@ -105,7 +105,9 @@ class PackedSource:
         self._digest = plan.digest()
         self._drawn: _Drawn | None = None  # the block that was drawn last
         self._touched: tuple[int, int] | None = None  # the block of the item that was drawn last
-        rows = count * (self.batch_size or 1)
+        if plan.num_bins == 0:
+            fail(caller, "there are no sequences", "pass at least one")
+        rows = self.shard[1] * (self.batch_size or 1)
         whole, rest = divmod(plan.num_bins, rows)
         self.steps_per_epoch: int = whole + (rest > 0 and remainder == "pad")
         if self.steps_per_epoch == 0:
@@ -121,9 +123,10 @@ class PackedSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return item `index` of this shard: `tokens`, `segment_ids` and `positions`, int32."""
+        index = check_int("PackedSource", "index", index)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        drawn, item = self._draw(int(index))
+        drawn, item = self._draw(index)
         begin, end = drawn.firsts[item : item + 2]
         bins = drawn.bins[begin:end]
         offset = int(drawn.bins.offsets[begin])
@@ -141,6 +144,9 @@ class PackedSource:
         batch = fill_rows(caller, arrays, bins.offsets, rows, plan.max_seq_len, self.pad_value)
         named = batch.asdict()
         return named if self.batch_size else {name: array[0] for name, array in named.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
     def _draw(self, index: int) -> tuple[_Drawn, int]:
         """Return drawn bins, and which item of them `index` is.
@@ -181,8 +187,18 @@ class PackedSource:
             f"PackedSource(plan={self._digest}, rows={self.plan.num_bins}, "
             f"max_seq_len={self.plan.max_seq_len}, seed={self.seed}, epochs={self.epochs}, "
             f"batch_size={self.batch_size}, shard={self.shard}, remainder={self.remainder!r}, "
-            f"shuffle={self.shuffle}, pad_value={self.pad_value})"
+            f"shuffle={self.shuffle}, pad_value={self.pad_value}, "
+            f"permutation={PERMUTATION_VERSION})"
         )
+
+
+def _check_shard(caller: str, shard: Any) -> tuple[int, int]:
+    if hasattr(shard, "shard_index"):  # grain.sharding.ShardOptions
+        shard = (shard.shard_index, shard.shard_count)
+    if not isinstance(shard, tuple | list) or len(shard) != 2:
+        fail(caller, f"shard = {shard!r}", "pass shard=(index of this process, processes)")
+    count = check_int(caller, "shard[1]", shard[1], 1)
+    return check_int(caller, "shard[0]", shard[0], 0, count - 1), count
 
 
 def pack_dataset(
@@ -236,12 +252,10 @@ def pack_dataset(
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 2, 2]]
     """
     if lengths is None:
-        if isinstance(sequences, FlatSequences):
-            lengths = sequences.lengths
-        else:
-            known = isinstance(sequences, list | tuple)
-            each = sequences if known else (sequences[i] for i in range(len(sequences)))
-            lengths = np.fromiter(map(len, each), np.int64, len(sequences))
+        lengths = _measure(sequences)
+    elif hasattr(sequences, "__len__") and len(sequences) != np.size(lengths):
+        problem = f"there are {np.size(lengths)} lengths, but {len(sequences)} sequences"
+        fail("pack_dataset", problem, "pass one length per sequence")
     counts, pools = length_histogram_from_lengths(lengths, max_seq_len, over_length=over_length)
     plan = pack_length_histogram(
         counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
@@ -258,6 +272,19 @@ def pack_dataset(
         shuffle=shuffle,
         pad_value=pad_value,
     )
+
+
+def _measure(sequences: Any) -> NDArray[np.int64]:
+    """Ask each sequence for its length."""
+    if isinstance(sequences, FlatSequences):
+        return sequences.lengths
+    try:
+        known = isinstance(sequences, list | tuple)
+        each = sequences if known else (sequences[i] for i in range(len(sequences)))
+        return np.fromiter(map(len, each), np.int64, len(sequences))
+    except TypeError as error:
+        problem = f"the lengths of sequences cannot be counted ({error})"
+        fail("pack_dataset", problem, "pass a list of arrays, FlatSequences, or lengths=...")
 
 
 class PackOperation:
@@ -346,11 +373,14 @@ class _PackingIterator:
         if not self._waiting:
             raise StopIteration
         packed = longest_prefix([len(tokens) for *_, tokens in self._waiting], max_seq_len, rows)
-        taken = [self._waiting.popleft() for _ in range(sum(map(len, packed)))]
+        size = sum(map(len, packed))
+        taken = list(islice(self._waiting, size))
         arrays = [taken[index][2] for row in packed for index in row]
-        self._tokens_waiting -= sum(map(len, arrays))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in packed])])
         batch = fill_rows("PackOperation", arrays, offsets, rows, max_seq_len, operation.pad_value)
+        for _ in range(size):  # only now: an error above loses nothing
+            self._waiting.popleft()
+        self._tokens_waiting -= sum(map(len, arrays))
         from grain import Record
 
         return Record(taken[-1][1].remove_record_key(), batch.asdict())

@@ -113,60 +113,60 @@ def best_fit_decreasing(
 ) -> Templates:
     """Place each sequence into the fullest bin with room: the default, dense and fastest.
 
-    Bins are grouped by room.  When a sequence leaves room for another of its length, that bin is
-    now the fullest that fits, so a run fills bins one after another, least room first.  An int as
-    bit mask finds the next room in use.
+    Bins are grouped by room, and inside that by how many more sequences they may hold.  When a
+    sequence leaves room for another of its length, that bin is now the fullest that fits, so a run
+    fills bins one after another, least room first.  An int as bit mask finds the next room in use.
 
     Time: O((distinct lengths + groups) * max_seq_len / 64), in practice the size of the templates.
     """
     tree = _Tree()
-    # A group's key is its room, then how many more sequences it may hold: the least key goes first.
-    width = max_segments or 1
-    groups: dict[int, list[tuple[int, int]]] = {}  # key -> [(node, bins), ...]
+    groups: dict[int, dict[int, list[tuple[int, int]]]] = {}  # room -> more -> [(node, bins), ...]
+    rooms = 0  # bit mask of the keys of `groups`
     full: list[tuple[int, int]] = []  # bins with as many sequences as allowed
-    in_use = 0  # bit mask of the keys
+    cap = max_segments or max_seq_len
 
     def put(node: int, bins: int, room: int, more: int) -> None:
-        nonlocal in_use
-        if max_segments and more == 0:
+        nonlocal rooms
+        if more == 0:
             full.append((node, bins))
-            return
-        key = room * width + (more - 1 if max_segments else 0)
-        if key in groups:
-            groups[key].append((node, bins))
+        elif room in groups:
+            groups[room].setdefault(more, []).append((node, bins))
         else:
-            groups[key] = [(node, bins)]
-            in_use |= 1 << key
+            groups[room] = {more: [(node, bins)]}
+            rooms |= 1 << room
 
     def fill(parent: int, bins: int, room: int, more: int, length: int, count: int) -> int:
-        """Fill up to `bins` bins from a run of `count` sequences; return how many bins changed."""
+        """Fill up to `bins` bins from a run of `count` sequences; return what is left of it."""
         fit = min(room // length, more)
         whole, rest = divmod(count, fit)
-        whole = min(whole, bins)
+        if whole >= bins:
+            whole, rest = bins, 0
         if whole:
             put(tree.add(parent, length, fit), whole, room - fit * length, more - fit)
-        if whole == bins or rest == 0:
-            return whole
-        put(tree.add(parent, length, rest), 1, room - rest * length, more - rest)
-        return whole + 1
+        if rest:
+            put(tree.add(parent, length, rest), 1, room - rest * length, more - rest)
+        if untouched := bins - whole - (rest > 0):
+            put(parent, untouched, room, more)
+        return count - whole * fit - rest
 
     for length, run in _runs(counts):
         count = run
-        while count and (fitting := in_use >> length * width):
-            lowest = length * width + (fitting & -fitting).bit_length() - 1
-            room, spare = divmod(lowest, width)
-            more = spare + 1 if max_segments else room
-            parent, bins = groups[lowest].pop()
-            changed = fill(parent, bins, room, more, length, count)
-            count = max(0, count - changed * min(room // length, more))
-            if changed < bins:
-                groups[lowest].append((parent, bins - changed))
-            if not groups[lowest]:
-                del groups[lowest]
-                in_use ^= 1 << lowest
+        while count and (fitting := rooms >> length):
+            room = length + (fitting & -fitting).bit_length() - 1
+            by_more = groups[room]
+            more = min(by_more)
+            parent, bins = by_more[more].pop()
+            if not by_more[more]:
+                del by_more[more]
+                if not by_more:
+                    del groups[room]
+                    rooms ^= 1 << room
+            count = fill(parent, bins, room, more, length, count)
         if count:
-            fill(0, count, max_seq_len, max_segments or max_seq_len, length, count)
-    leaves = [leaf for group in groups.values() for leaf in group] + full
+            new = -(-count // min(max_seq_len // length, cap))
+            fill(0, new, max_seq_len, cap, length, count)
+    leaves = [leaf for by_more in groups.values() for group in by_more.values() for leaf in group]
+    leaves += full
     return tree.templates([node for node, _ in leaves], [bins for _, bins in leaves])
 
 

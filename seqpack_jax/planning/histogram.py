@@ -7,7 +7,7 @@ sequences of each length, which an epoch draws from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import from_portable, to_portable
-from seqpack_jax.errors import check_choice, check_int, check_integers, check_lengths, fail
+from seqpack_jax.errors import (
+    MAX_LENGTH,
+    MAX_TOTAL,
+    check_choice,
+    check_int,
+    check_integers,
+    check_lengths,
+    fail,
+)
 
 __all__ = [
     "Pieces",
@@ -83,15 +91,27 @@ class SequencePools:
         """How many ids there are, over all lengths."""
         return int(self.starts[-1])
 
+    def __post_init__(self) -> None:
+        if self.ids is not None and len(self.ids) != int(self.starts[-1]):
+            fail(
+                "SequencePools",
+                f"there are {len(self.ids)} ids, but starts end at {self.starts[-1]}",
+                "pass the ids of all lengths, and starts from their counts",
+            )
+
     def __getitem__(self, length: int) -> NDArray[Any]:
         """Return the ids of all sequences of one length: a view."""
+        length = check_int("SequencePools", "length", length)
         if not 0 <= length < len(self.starts) - 1:
             return np.zeros(0, np.int64)
         start, stop = self.starts[length : length + 2].tolist()
         return np.arange(start, stop) if self.ids is None else self.ids[start:stop]
 
     def lookup(self, length: ArrayLike, rank: ArrayLike) -> Int64:
-        """Return the ids at `rank` of the pools of `length`; both broadcast.  Time: O(result)."""
+        """Return the ids at `rank` of the pools of `length`; both broadcast.
+
+        Ranks are not checked: they are in `[0, counts[length])`.  Time: O(result).
+        """
         place = self.starts[np.asarray(length)] + np.asarray(rank)
         return place if self.ids is None else np.asarray(self.ids[place], np.int64)
 
@@ -109,13 +129,22 @@ class SequencePools:
 
     def __getstate__(self) -> dict[str, Any]:
         ids = None if self.ids is None else to_portable(self.ids)
-        return {"ids": ids, "starts": to_portable(self.starts), "pieces": self.pieces}
+        pieces = None
+        if self.pieces is not None:
+            pieces = self.pieces._replace(**_each_array(to_portable, self.pieces))
+        return {"ids": ids, "starts": to_portable(self.starts), "pieces": pieces}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ids = state["ids"]
+        ids, pieces = state["ids"], state["pieces"]
+        if pieces is not None:
+            pieces = pieces._replace(**_each_array(from_portable, pieces))
         object.__setattr__(self, "ids", None if ids is None else from_portable(ids))
         object.__setattr__(self, "starts", from_portable(state["starts"]))
-        object.__setattr__(self, "pieces", state["pieces"])
+        object.__setattr__(self, "pieces", pieces)
+
+
+def _each_array(function: Callable[[Any], Any], pieces: Pieces) -> dict[str, Any]:
+    return {name: function(getattr(pieces, name)) for name in ("source_id", "start", "stop")}
 
 
 def as_counts(
@@ -139,14 +168,25 @@ def as_counts(
             fail(caller, f"counts has the length {low}", "a length is at least 1 token")
         if max_seq_len is not None and keys.size and int(keys.max()) > max_seq_len:
             _fail_over(caller, int(keys.max()), counts[int(keys.max())], max_seq_len)
-        array = np.zeros(int(keys.max(initial=0)) + 1, np.int64)
-        array[keys] = values
+        if keys.size and int(keys.max()) > MAX_LENGTH:
+            _fail_over(caller, int(keys.max()), counts[int(keys.max())], MAX_LENGTH)
+        given = np.zeros(int(keys.max(initial=0)) + 1, values.dtype)
+        given[keys] = values
     else:
-        array = check_integers(caller, "counts", counts).astype(np.int64, copy=False)
-        array = array if array.size else np.zeros(1, np.int64)
-    if int(array.min()) < 0:
-        length = int(array.argmin())
-        fail(caller, f"counts[{length}] = {array[length]}", "a count is at least 0")
+        given = check_integers(caller, "counts", counts)
+        given = given if given.size else np.zeros(1, np.int64)
+    if int(given.min()) < 0:
+        length = int((given < 0).argmax())
+        fail(caller, f"counts[{length}] = {given[length]}", "a count is at least 0")
+    # In floats, which cannot wrap.
+    tokens = float(np.arange(len(given), dtype=float) @ given.astype(float))
+    if max(tokens, float(given.max())) >= MAX_TOTAL:
+        fail(
+            caller,
+            f"counts are of {tokens:.3g} tokens, beyond the limit of 2**62",
+            "check what computes counts",
+        )
+    array = given.astype(np.int64, copy=False)
     if array[0]:
         fail(
             caller,
@@ -177,6 +217,7 @@ def coarsen_lengths(lengths: ArrayLike, tolerance: int, max_seq_len: int) -> Int
         >>> coarsen_lengths([1, 4, 5, 9, 10], tolerance=4, max_seq_len=10).tolist()
         [4, 4, 8, 10, 10]
     """
+    tolerance = min(tolerance, max_seq_len)
     planned = -(-np.asarray(lengths, np.int64) // tolerance) * tolerance
     return np.minimum(planned, max_seq_len)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from seqpack_jax.errors import check_choice, check_int, check_lengths
+from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.bounds import volume_bound
 from seqpack_jax.planning.heuristics import (
@@ -141,11 +141,12 @@ def pack_sequences(
     caller = "pack_sequences"
     check_choice(caller, "algorithm", algorithm, (*ALGORITHMS, "next_fit"))
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
+    seed = None if seed is None else check_int(caller, "seed", seed)
     array = check_lengths(caller, lengths, max_seq_len)
     if algorithm == "next_fit":
         offsets = next_fit_offsets(array.astype(np.int64), max_seq_len, max_segments)
         return Bins(np.arange(len(array)), offsets, max_seq_len)
-    tolerance = check_int(caller, "tolerance", tolerance, 1)
     counts, pools = length_histogram_from_lengths(array)
     plan = pack_length_histogram(
         counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
@@ -187,7 +188,7 @@ def heap_pack_sequences(
 def _check_limits(
     caller: str, max_seq_len: int, max_segments: int | None
 ) -> tuple[int, int | None]:
-    max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1, 2**31 - 1)
+    max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1, MAX_LENGTH)
     if max_segments is not None:
         max_segments = check_int(caller, "max_segments", max_segments, 1)
         # A bin never holds more sequences than tokens.

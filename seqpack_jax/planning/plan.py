@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,24 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.errors import check_int, check_integers, check_lengths, fail
+from seqpack_jax.arrays import MappedArray, from_portable, to_portable
+from seqpack_jax.errors import (
+    MAX_LENGTH,
+    MAX_TOTAL,
+    check_int,
+    check_integers,
+    check_lengths,
+    fail,
+)
 from seqpack_jax.planning.histogram import Int64, as_counts, coarsen_counts
 
 __all__ = ["Bins", "Certificate", "PackingPlan"]
 
+# What NumPy and zipfile raise for files that are not what they should be.
+_DAMAGE = (KeyError, TypeError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
+
 _FORMAT = 1  # of the file that `PackingPlan.save` writes
+_ARRAYS = {"lengths": np.int32, "offsets": np.int64, "multiplicity": np.int64}
 
 
 class Certificate(NamedTuple):
@@ -81,6 +94,18 @@ class PackingPlan:
     num_tokens: int
     tolerance: int = 1
     certificate: Certificate | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is derived, and store the arrays as narrow as they are."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(to_portable(self.lengths), MappedArray):
+            return state | {name: to_portable(state[name]) for name in _ARRAYS}
+        return state | {name: _narrow(state[name]) for name in _ARRAYS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, dtype in _ARRAYS.items():
+            state[name] = from_portable(state[name]).astype(dtype, copy=False)
+        self.__dict__.update(state)
 
     @property
     def num_templates(self) -> int:
@@ -160,7 +185,16 @@ class PackingPlan:
 
         Time: O(size of the plan + max_len).
         """
-        caller, hint = "PackingPlan.check", "the plan is damaged; make it again"
+        self._check("PackingPlan.check")
+        if counts is not None:
+            self._check_counts("PackingPlan.check", counts)
+
+    def _check(self, caller: str) -> None:
+        hint = "the plan is damaged; make it again"
+        check_int(caller, "max_seq_len", self.max_seq_len, 1, MAX_LENGTH)
+        check_int(caller, "tolerance", self.tolerance, 1)
+        for name in _ARRAYS:
+            check_integers(caller, name, getattr(self, name))
         _check_offsets(caller, self.offsets, len(self.lengths), len(self.multiplicity))
         if len(self.multiplicity) and int(self.multiplicity.min()) < 1:
             i = int(self.multiplicity.argmin())
@@ -175,10 +209,15 @@ class PackingPlan:
         if len(self.fills) and int(self.fills.max()) > self.max_seq_len:
             i, fill = int(self.fills.argmax()), int(self.fills.max())
             fail(caller, f"template {i} holds {fill} tokens of {self.max_seq_len}", hint)
-        if counts is not None:
-            self._check_counts(caller, as_counts(caller, counts, self.max_seq_len))
+        slots = float(self.fills.astype(float) @ self.multiplicity.astype(float))
+        if slots >= MAX_TOTAL:
+            fail(caller, f"the plan is for {slots:.3g} tokens, beyond the limit of 2**62", hint)
+        held = int(self.fills @ self.multiplicity)
+        if self.num_tokens > held or (self.tolerance == 1 and self.num_tokens != held):
+            fail(caller, f"num_tokens = {self.num_tokens}, the templates hold {held}", hint)
 
-    def _check_counts(self, caller: str, counts: Int64) -> None:
+    def _check_counts(self, caller: str, given: ArrayLike | Mapping[int, int]) -> None:
+        counts = as_counts(caller, given, self.max_seq_len)
         tokens = int(counts @ np.arange(len(counts)))
         coarse = coarsen_counts(counts, self.tolerance, self.max_seq_len)
         slots = self.counts
@@ -209,22 +248,27 @@ class PackingPlan:
 
     @classmethod
     def from_counter(cls, counter: Mapping[tuple[int, ...], int], max_seq_len: int) -> PackingPlan:
-        """Make a plan of `{template: multiplicity}`; its templates may be in any order.
+        """Make a plan of `{template: multiplicity}`; lengths may be in any order.
 
         Raises:
             SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.
         """
         caller = "PackingPlan.from_counter"
-        max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
-        sizes = np.array([len(template) for template in counter], np.int64)
-        flat = [length for template in counter for length in sorted(template, reverse=True)]
+        max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1, MAX_LENGTH)
+        merged: Counter[tuple[int, ...]] = Counter()
+        for template, count in counter.items():
+            if not isinstance(template, tuple):
+                fail(caller, f"{template!r} is not a template", "pass {(length, ...): bins}")
+            merged[tuple(sorted(template, reverse=True))] += count
+        sizes = np.array([len(template) for template in merged], np.int64)
+        flat = [length for template in merged for length in template]
         lengths = check_lengths(caller, flat, max_seq_len).astype(np.int32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        multiplicity = check_integers(caller, "counter (values)", list(counter.values()))
+        multiplicity = check_integers(caller, "counter (values)", list(merged.values()))
         multiplicity = multiplicity.astype(np.int64)
         tokens = int(np.repeat(multiplicity, sizes) @ lengths.astype(np.int64))
         plan = cls(max_seq_len, lengths, offsets, multiplicity, tokens)
-        plan.check()
+        plan._check(caller)
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -232,16 +276,16 @@ class PackingPlan:
         target = Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
         head = [_FORMAT, self.max_seq_len, self.num_tokens, self.tolerance]
+        certificate = self.certificate or Certificate(self.num_bins, 0, "", proved_optimal=False)
         arrays: dict[str, Any] = {
             "head": np.array(head, np.int64),
             "lengths": self.lengths,
             "offsets": self.offsets,
             "multiplicity": self.multiplicity,
             "digest": np.array(self.digest()),
+            "bound": np.array(certificate.lower_bound, np.int64),
+            "method": np.array(certificate.method),
         }
-        if self.certificate is not None:
-            arrays["bound"] = np.array(self.certificate.lower_bound, np.int64)
-            arrays["method"] = np.array(self.certificate.method)
         with temporary.open("wb") as file:
             np.savez(file, **arrays)
         temporary.replace(target)
@@ -266,21 +310,23 @@ class PackingPlan:
                 tokens,
                 tolerance,
             )
-            digest = str(saved["digest"])
+            digest, bound = str(saved["digest"]), int(saved["bound"])
+            method = str(saved["method"])
         except FileNotFoundError:
             fail(caller, f"{path} does not exist", "save a plan there first")
-        except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile) as error:
+        except _DAMAGE as error:
             fail(caller, f"{path} is not a saved plan ({error})", hint)
         if version != _FORMAT:
             fail(caller, f"{path} has format {version}, not {_FORMAT}", hint)
-        plan.check()
+        plan._check(caller)
         if plan.digest() != digest:
             fail(caller, f"{path} says digest {digest}, but has {plan.digest()}", hint)
-        if "bound" in saved:
-            bins, bound = plan.num_bins, int(saved["bound"])
-            certificate = Certificate(bins, bound, str(saved["method"]), bins == bound)
-            object.__setattr__(plan, "certificate", certificate)
-        return plan
+        if not method:
+            return plan
+        bins = plan.num_bins
+        if not -(-plan.num_tokens // plan.max_seq_len) <= bound <= bins:
+            fail(caller, f"{path} has the lower bound {bound} for {bins} bins", hint)
+        return replace(plan, certificate=Certificate(bins, bound, method, bins == bound))
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +349,7 @@ class Bins:
     max_seq_len: int
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return max(0, len(self.offsets) - 1)
 
     @overload
     def __getitem__(self, index: int) -> Int64: ...
@@ -318,9 +364,10 @@ class Bins:
             offsets = self.offsets[start : max(start, stop) + 1]
             ids = self.ids[offsets[0] : offsets[-1]]
             return Bins(ids, offsets - offsets[0], self.max_seq_len)
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(f"bin {index} of {len(self)}")
+        place = check_int("Bins", "index", index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"bin {place} of {len(self)}")
+        place %= len(self)
         return self.ids[self.offsets[place] : self.offsets[place + 1]]
 
     def __iter__(self) -> Iterator[Int64]:
@@ -340,6 +387,7 @@ class Bins:
         """
         caller, hint = "Bins.check", "pack the sequences again"
         array = check_lengths(caller, lengths, self.max_seq_len).astype(np.int64)
+        check_integers(caller, "ids", self.ids)
         _check_offsets(caller, self.offsets, len(self.ids), len(self))
         if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < len(array):
             fail(caller, f"an id is not in [0, {len(array)})", hint)
@@ -355,9 +403,14 @@ class Bins:
             fail(caller, f"bin {index} holds {fills[index]} tokens of {self.max_seq_len}", hint)
 
 
+def _narrow(array: Int64) -> NDArray[Any]:
+    """Return the array in the narrowest unsigned dtype that holds it."""
+    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
+
+
 def _check_offsets(caller: str, offsets: Int64, size: int, count: int) -> None:
     whole = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == size
-    if not whole or (np.diff(offsets) < 1).any():
+    if not whole or (offsets[1:] <= offsets[:-1]).any():
         fail(
             caller,
             f"offsets do not cut {size} entries into {count} non-empty parts",

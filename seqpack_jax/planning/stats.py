@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from seqpack_jax.errors import check_int, check_lengths
+from seqpack_jax.errors import check_int, check_lengths, fail
 from seqpack_jax.planning.bounds import volume_bound
 from seqpack_jax.planning.histogram import Int64
 from seqpack_jax.planning.plan import Bins, PackingPlan
@@ -76,6 +76,12 @@ class PackingStats:
         """
         max_seq_len = check_int("PackingStats.from_bins", "max_seq_len", max_seq_len, 1)
         array = check_lengths("PackingStats.from_bins", lengths, max_seq_len).astype(np.int64)
+        if max_seq_len != bins.max_seq_len:
+            fail(
+                "PackingStats.from_bins",
+                f"max_seq_len = {max_seq_len}, but the bins were packed for {bins.max_seq_len}",
+                "pass the max_seq_len of the packing",
+            )
         bins.check(array)
         sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(array[bins.ids])])
         fills = np.diff(sums[bins.offsets])
