@@ -58,7 +58,7 @@ class PackedSource:
         epochs: how often each sequence comes; each epoch pairs sequences anew.
         batch_size: rows per item, as arrays `[batch_size, max_seq_len]`; None for single rows,
             `[max_seq_len]`, that a Grain `batch` puts together.
-        shard: `(index, count)` of this process, or a `grain.sharding.ShardOptions`.  Shard here, and
+        shard: `(index, count)` of this process, or a `grain.sharding.ShardOptions`.  Shard here,
             not in Grain's sampler, which would deal whole epochs to different processes.
         remainder: `"pad"` fills the last step of an epoch with empty rows, `"drop"` leaves out the
             rows that do not fill a step (other ones each epoch).

@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,61 +114,50 @@ def best_fit_decreasing(
 ) -> Templates:
     """Place each sequence into the fullest bin with room: the default, dense and fastest.
 
-    Bins are grouped by room, and inside that by how many more sequences they may hold.  When a
-    sequence leaves room for another of its length, that bin is now the fullest that fits, so a run
-    fills bins one after another, least room first.  An int as bit mask finds the next room in use.
+    Bins are grouped by room.  When a sequence leaves room for another of its length, that bin is
+    now the fullest that fits, so a run fills bins one after another, least room first.  The empty
+    bins are the group with the most room, and never run out.
 
-    Time: O((distinct lengths + groups) * max_seq_len / 64), in practice the size of the templates.
+    Time: O(steps * log(rooms in use)), with a step for each group that a run meets; in practice
+    the size of the templates.
     """
     tree = _Tree()
-    groups: dict[int, dict[int, list[tuple[int, int]]]] = {}  # room -> more -> [(node, bins), ...]
-    rooms = 0  # bit mask of the keys of `groups`
-    full: list[tuple[int, int]] = []  # bins with as many sequences as allowed
     cap = max_segments or max_seq_len
-
-    def put(node: int, bins: int, room: int, more: int) -> None:
-        nonlocal rooms
-        if more == 0:
-            full.append((node, bins))
-        elif room in groups:
-            groups[room].setdefault(more, []).append((node, bins))
-        else:
-            groups[room] = {more: [(node, bins)]}
-            rooms |= 1 << room
-
-    def fill(parent: int, bins: int, room: int, more: int, length: int, count: int) -> int:
-        """Fill up to `bins` bins from a run of `count` sequences; return what is left of it."""
-        fit = min(room // length, more)
-        whole, rest = divmod(count, fit)
-        if whole >= bins:
-            whole, rest = bins, 0
-        if whole:
-            put(tree.add(parent, length, fit), whole, room - fit * length, more - fit)
-        if rest:
-            put(tree.add(parent, length, rest), 1, room - rest * length, more - rest)
-        if untouched := bins - whole - (rest > 0):
-            put(parent, untouched, room, more)
-        return count - whole * fit - rest
-
+    # room -> [(sequences held, node, bins), ...], the bins with the most sequences last
+    groups: dict[int, list[tuple[int, int, int]]] = {max_seq_len: [(0, 0, int(counts.sum()) + 1)]}
+    rooms = [max_seq_len]  # the keys of `groups`, sorted
+    full: list[tuple[int, int, int]] = []  # bins with as many sequences as allowed
     for length, run in _runs(counts):
         count = run
-        while count and (fitting := rooms >> length):
-            room = length + (fitting & -fitting).bit_length() - 1
-            by_more = groups[room]
-            more = min(by_more)
-            parent, bins = by_more[more].pop()
-            if not by_more[more]:
-                del by_more[more]
-                if not by_more:
-                    del groups[room]
-                    rooms ^= 1 << room
-            count = fill(parent, bins, room, more, length, count)
-        if count:
-            new = -(-count // min(max_seq_len // length, cap))
-            fill(0, new, max_seq_len, cap, length, count)
-    leaves = [leaf for by_more in groups.values() for group in by_more.values() for leaf in group]
-    leaves += full
-    return tree.templates([node for node, _ in leaves], [bins for _, bins in leaves])
+        while count:
+            at = bisect_left(rooms, length)
+            room = rooms[at]
+            group = groups[room]
+            held, parent, bins = group.pop()
+            fit = min(room // length, cap - held)
+            whole, rest = divmod(count, fit)
+            if whole < bins:  # the run ends here: whole bins, one with the rest, untouched ones
+                count = 0
+                if untouched := bins - whole - (rest > 0):
+                    group.append((held, parent, untouched))
+            else:
+                whole, rest = bins, 0
+                count -= bins * fit
+            if not group:
+                del groups[room], rooms[at]
+            for repeat, changed in ((fit, whole), (rest, int(rest > 0))):
+                if changed:
+                    leaf = (held + repeat, tree.add(parent, length, repeat), changed)
+                    left = room - repeat * length
+                    if held + repeat == cap:
+                        full.append(leaf)
+                    elif left in groups:
+                        insort(groups[left], leaf)
+                    else:
+                        groups[left] = [leaf]
+                        insort(rooms, left)
+    leaves = [leaf for group in groups.values() for leaf in group if leaf[1]] + full
+    return tree.templates([node for _, node, _ in leaves], [bins for *_, bins in leaves])
 
 
 class _Groups(NamedTuple):
