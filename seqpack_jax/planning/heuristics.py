@@ -56,13 +56,6 @@ class _Tree:
         self.lengths: list[int] = [0]
         self.repeats: list[int] = [0]
 
-    def add(self, parent: int, length: int, repeat: int) -> int:
-        """Add one node and return it."""
-        self.parents.append(parent)
-        self.lengths.append(length)
-        self.repeats.append(repeat)
-        return len(self.parents) - 1
-
     def extend(self, parents: Int64, length: int, repeats: Int64) -> Int64:
         """Add one node per parent and return them."""
         first = len(self.parents)
@@ -122,6 +115,7 @@ def best_fit_decreasing(
     the size of the templates.
     """
     tree = _Tree()
+    parents, lengths, repeats = tree.parents, tree.lengths, tree.repeats  # this is the hot loop
     cap = max_segments or max_seq_len
     # room -> [(sequences held, node, bins), ...], the bins with the most sequences last
     groups: dict[int, list[tuple[int, int, int]]] = {max_seq_len: [(0, 0, int(counts.sum()) + 1)]}
@@ -135,27 +129,32 @@ def best_fit_decreasing(
             group = groups[room]
             held, parent, bins = group.pop()
             fit = min(room // length, cap - held)
-            whole, rest = divmod(count, fit)
-            if whole < bins:  # the run ends here: whole bins, one with the rest, untouched ones
+            if count >= bins * fit:
+                count -= bins * fit
+                changes = [(fit, bins)]
+            else:  # the run ends here: some bins as full as can be, one with the rest, and others
+                whole, rest = divmod(count, fit)
                 count = 0
+                changes = [(fit, whole)] if whole else []
+                if rest:
+                    changes.append((rest, 1))
                 if untouched := bins - whole - (rest > 0):
                     group.append((held, parent, untouched))
-            else:
-                whole, rest = bins, 0
-                count -= bins * fit
             if not group:
                 del groups[room], rooms[at]
-            for repeat, changed in ((fit, whole), (rest, int(rest > 0))):
-                if changed:
-                    leaf = (held + repeat, tree.add(parent, length, repeat), changed)
-                    left = room - repeat * length
-                    if held + repeat == cap:
-                        full.append(leaf)
-                    elif left in groups:
-                        insort(groups[left], leaf)
-                    else:
-                        groups[left] = [leaf]
-                        insort(rooms, left)
+            for repeat, changed in changes:
+                leaf = (held + repeat, len(parents), changed)
+                parents.append(parent)
+                lengths.append(length)
+                repeats.append(repeat)
+                left = room - repeat * length
+                if held + repeat == cap:
+                    full.append(leaf)
+                elif left in groups:
+                    insort(groups[left], leaf)
+                else:
+                    groups[left] = [leaf]
+                    insort(rooms, left)
     leaves = [leaf for group in groups.values() for leaf in group if leaf[1]] + full
     return tree.templates([node for _, node, _ in leaves], [bins for *_, bins in leaves])
 
