@@ -35,3 +35,18 @@ def test_the_first_screen_has_running_code_and_the_two_commands():
     assert "```python" in screen
     assert "make demo" in screen
     assert "make test" in screen
+
+
+def test_the_figures_are_those_of_the_benchmarks():
+    results = (Path(__file__).parents[1] / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    figures = README[README.index("## Figures") : README.index("## The files")]
+    rows = [line for line in figures.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert not set(rows) - set(results)
+
+
+def test_every_file_is_in_the_reading_order():
+    files = Path(__file__).parents[1] / "seqpack_jax"
+    listed = set(re.findall(r"`([a-z_/]+\.py)`", README[README.index("## The files") :]))
+    found = {str(path.relative_to(files)) for path in files.rglob("*.py")}
+    assert {name for name in found if not name.endswith("__init__.py")} <= listed
