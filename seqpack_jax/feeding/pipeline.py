@@ -6,10 +6,8 @@ of steps, random access and exact resume.  `PackOperation` packs records as they
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from seqpack_jax.errors import check_choice, check_int, fail
 from seqpack_jax.feeding.batch import FlatSequences, SequenceSource, fetch_sequences, fill_rows
 from seqpack_jax.feeding.epoch import materialize_epoch
-from seqpack_jax.feeding.streaming import longest_prefix
+from seqpack_jax.feeding.streaming import PackingIterator
 from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
 from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
 from seqpack_jax.planning.packers import pack_length_histogram
@@ -331,92 +329,12 @@ class PackOperation:
 
     def __call__(self, input_iterator: Iterator[Any]) -> Iterator[Any]:
         """Return an iterator over packed records; the operation itself keeps no state."""
-        return _PackingIterator(self, input_iterator)
+        return PackingIterator(
+            input_iterator, self.max_seq_len, self.batch_size, self.feature, self.pad_value
+        )
 
     def __repr__(self) -> str:
         return (
             f"PackOperation(max_seq_len={self.max_seq_len}, batch_size={self.batch_size}, "
             f"feature={self.feature!r}, pad_value={self.pad_value})"
         )
-
-
-class _PackingIterator:
-    """Packs one pass over the records of `parent`, and answers for its position."""
-
-    def __init__(self, operation: PackOperation, parent: Any) -> None:
-        self._operation = operation
-        self._parent = parent
-        # Records that are read but in no batch yet: (state before it, metadata, tokens).
-        self._waiting: deque[tuple[Any, Any, NDArray[Any]]] = deque()
-        self._tokens_waiting = 0
-        # A plain iterator, outside of a loader, has no state to answer for.
-        self._reader_state: Callable[[], Any] = getattr(parent, "get_state", lambda: None)
-        if hasattr(parent, "set_state"):
-            self._set_reader_state = parent.set_state
-            parent.get_state, parent.set_state = self._get_state, self._set_state
-
-    def _get_state(self) -> Any:
-        return self._waiting[0][0] if self._waiting else self._reader_state()
-
-    def _set_state(self, state: Any) -> None:
-        self._waiting.clear()
-        self._tokens_waiting = 0
-        self._set_reader_state(state)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        operation = self._operation
-        rows, max_seq_len = operation.batch_size, operation.max_seq_len
-        self._read(rows * max_seq_len)
-        if not self._waiting:
-            raise StopIteration
-        packed = longest_prefix([len(tokens) for *_, tokens in self._waiting], max_seq_len, rows)
-        size = sum(map(len, packed))
-        taken = list(islice(self._waiting, size))
-        arrays = [taken[index][2] for row in packed for index in row]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in packed])])
-        batch = fill_rows("PackOperation", arrays, offsets, rows, max_seq_len, operation.pad_value)
-        for _ in range(size):  # only now: an error above loses nothing
-            self._waiting.popleft()
-        self._tokens_waiting -= sum(map(len, arrays))
-        from grain import Record
-
-        return Record(taken[-1][1].remove_record_key(), batch.asdict())
-
-    def _read(self, volume: int) -> None:
-        """Read on until the records that wait hold more tokens than a batch, or the stream ends."""
-        while self._tokens_waiting <= volume:
-            state = self._reader_state()
-            try:
-                record = next(self._parent)
-            except StopIteration:
-                return
-            tokens = self._check(record)
-            self._waiting.append((state, record.metadata, tokens))
-            self._tokens_waiting += len(tokens)
-
-    def _check(self, record: Any) -> NDArray[Any]:
-        caller, operation = "PackOperation", self._operation
-        name = f"record {record.metadata.index}"
-        if not isinstance(record.data, dict) or operation.feature not in record.data:
-            fail(
-                caller,
-                f"{name} has no feature {operation.feature!r}",
-                "name the entry of the records that holds their tokens: feature=...",
-            )
-        tokens = np.asarray(record.data[operation.feature])
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            fail(
-                caller,
-                f"{name} has shape {tokens.shape} and dtype {tokens.dtype}",
-                "pack 1-D arrays of integers",
-            )
-        if not 1 <= len(tokens) <= operation.max_seq_len:
-            fail(
-                caller,
-                f"{name} has {len(tokens)} tokens, but a length is in [1, {operation.max_seq_len}]",
-                "filter, cut or split such records before this operation",
-            )
-        return tokens
