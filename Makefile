@@ -29,7 +29,7 @@ test: $(VENV)/.dev ## The test suite, doctests and README included
 test-slow: $(VENV)/.dev ## What starts processes and notebooks
 	$(BIN)/python $(PYTEST) -m slow
 
-# The lower bounds of pyproject.toml, exactly, on the oldest Python that it allows.
+# The lower bounds of pyproject.toml, exactly.
 $(OLDEST)/.floors: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q --upgrade pip
@@ -38,9 +38,8 @@ $(OLDEST)/.floors: pyproject.toml
 	$(OLDEST)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
-test-oldest: $(OLDEST)/.floors ## A run on the oldest versions that are allowed
-	$(OLDEST)/bin/python $(PYTEST) tests/test_packers.py tests/test_epoch.py tests/test_batch.py \
-	  tests/test_pipeline.py tests/test_segments.py tests/test_losses.py tests/test_demo.py
+test-oldest: $(OLDEST)/.floors ## The suite on the oldest versions that are allowed
+	$(OLDEST)/bin/python $(PYTEST) tests --ignore tests/test_notebooks.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -48,6 +47,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## Every figure of the README; rewrites benchmarks/RESULTS.md
+	$(BIN)/python -m pip install -q --group bench
 	$(BIN)/python benchmarks/run_all.py
 
 notebooks: $(VENV)/.dev ## Run the notebooks and keep their outputs

@@ -80,6 +80,8 @@ __all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("planning", "feeding", "model"):
+        return importlib.import_module(f"seqpack_jax.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'seqpack_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"seqpack_jax.{_HOME_OF[name]}"), name)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the name of the program; None for those of this process.
 
     Returns:
-        The exit code: 0; 1 when a check did not hold; 2 for bad input.
+        The exit code: 0; 1 when a check did not hold; 2 for bad input; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 for wrong arguments, with 0 after `--help` and `--version`.
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"seqpack-jax {arguments.command}: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"seqpack-jax {arguments.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _make_parser() -> argparse.ArgumentParser:

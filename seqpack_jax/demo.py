@@ -352,7 +352,7 @@ def resume_in(folder: str | Path) -> int:
     """Go on from a checkpoint in `folder`: print the digest of the next batch.
 
     No batch is stored: the tokens are mapped, the plan is made anew, and the state of the loader,
-    one number, says where to go on.  Grain refuses the state if the plan is a different one.
+    one index, says where to go on.  It also describes the source, and Grain refuses another one.
     """
     flags.FLAGS.mark_as_parsed()
     folder = Path(folder)

@@ -124,7 +124,7 @@ class DemoModel(nnx.Module):  # type: ignore[misc]
 def packed_loss(model: DemoModel, batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return the mean next-token loss of a packed batch, in nats per token, and the logits.
 
-    Call it inside jit: the `[B, 1, L, L]` bias is then fused into the attention, never stored.
+    Call it inside jit: XLA can then fuse the `[B, 1, L, L]` bias into the attention.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     bias = build_packing_attention_bias(segment_ids, jnp.float32, causal=True)
@@ -273,10 +273,11 @@ def _run_alone(
 ) -> Iterator[tuple[float, NDArray[np.float32], Any]]:
     """Yield each sequence's share of the batch's loss, its logits `[n, V]`, and the gradients.
 
-    Nothing of the library takes part: positions count from 0, labels are the tokens moved by one,
-    and the mask is the plain causal one.  Each sequence stands at the front of a row of its own.
-    The row is as long as the packed one, so that one compilation serves all lengths; what is
-    behind the sequence cannot reach it, since no token of a causal model sees a later one.
+    No mask, label or position of the library takes part: positions count from 0, labels are the
+    tokens moved by one, and the mask is the plain causal one.  Each sequence stands at the front
+    of a row of its own.  The row is as long as the packed one, so that one compilation serves all
+    lengths; what is behind the sequence cannot reach it, since no token of a causal model sees a
+    later one.
     """
     size = packed.tokens.shape[1]
     positions = jnp.arange(size)[None, :]

@@ -381,7 +381,7 @@ DEEP = np.zeros((1, 1, 4), np.int32)
         ),
         (
             lambda: build_packing_cu_seqlens(HAND_ROWS, max_segments=0),
-            "build_packing_cu_seqlens: max_segments = 0, but it must be at least 1. Hint:",
+            r"build_packing_cu_seqlens: max_segments = 0, but it must be in \[1, 1048576\]. Hint:",
         ),
         (lambda: build_packing_cu_seqlens(HAND_ROWS, max_segments=2.5), "2.5 is not an integer"),
         (
@@ -393,6 +393,8 @@ DEEP = np.zeros((1, 1, 4), np.int32)
             lambda: from_seed_ids(SEED_IDS, SEED_MASK.astype(np.float32)),
             r"^from_seed_ids: attention_mask is float32 .*Hint: .*not an additive bias",
         ),
+        (lambda: build_packing_attention_bias(HAND_ROWS, None), "dtype = None is not known.*Hint:"),
+        (lambda: build_packing_attention_bias(HAND_ROWS, "foo"), "dtype = 'foo' is not known"),
         (lambda: from_seed_ids(np.ones(3)), "^from_seed_ids: sequence_ids is float32.*Hint:"),
     ],
 )
@@ -404,3 +406,26 @@ def test_errors(call, message):
 def test_errors_come_while_tracing():
     with pytest.raises(SeqpackError, match="segment_mask: segment_ids is float32"):
         jax.eval_shape(segment_mask, jax.ShapeDtypeStruct((2, 4), jnp.float32))
+
+
+@pytest.mark.parametrize("build", [build_packing_attention_bias, segment_mask])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_built_inside_the_step_is_not_stored(build, gradient):
+    """On CPU: attention with a mask built from ids needs no more memory than without segments."""
+    length, heads, width = 1024, 4, 16
+
+    def attend(query, segment_ids):
+        made = build(segment_ids, causal=True)
+        name = "mask" if made.dtype == bool else "bias"
+        return jax.nn.dot_product_attention(query, query, query, **{name: made}).sum()
+
+    def plain(query, segment_ids):
+        return jax.nn.dot_product_attention(query, query, query, is_causal=True).sum()
+
+    def temporary(function):
+        function = jax.grad(function) if gradient else function
+        query = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        return jax.jit(function).lower(query, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(attend) - temporary(plain) < length * length  # not even one byte a pair

@@ -19,7 +19,7 @@ from seqpack_jax.feeding.epoch import materialize_epoch
 from seqpack_jax.feeding.streaming import PackingIterator
 from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
 from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
-from seqpack_jax.planning.packers import pack_length_histogram
+from seqpack_jax.planning.packers import ALGORITHMS, pack_length_histogram
 from seqpack_jax.planning.plan import Bins, PackingPlan
 
 __all__ = ["PackOperation", "PackedSource", "pack_dataset"]
@@ -249,6 +249,10 @@ def pack_dataset(
         >>> source[0]["segment_ids"].tolist()
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 2, 2]]
     """
+    if algorithm not in ALGORITHMS:
+        problem = f"algorithm = {algorithm!r} is not a planner"
+        hint = f"choose one of {', '.join(ALGORITHMS)}; pack_sequences has next_fit"
+        fail("pack_dataset", problem, hint)
     if lengths is None:
         lengths = _measure(sequences)
     elif hasattr(sequences, "__len__") and len(sequences) != np.size(lengths):

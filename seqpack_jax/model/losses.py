@@ -56,7 +56,7 @@ def next_token_labels(
     A plain shift trains the last token of each segment to predict the first of its neighbour.
 
     Args:
-        tokens: integers `[..., L]`.
+        tokens: integers `[..., L]`, within int32.
         segment_ids: integers `[..., L]`, 0 = padding.
         ignore_index: static; the label of tokens that have nothing to predict.  It is no class:
             what a loss function returns for it is garbage or NaN, which `token_mean` drops.

@@ -124,7 +124,7 @@ def build_packing_attention_bias(
 
     Args:
         segment_ids: integers `[B, L]`, or `[L]` for one row.
-        dtype: static; float16, bfloat16, float32 or float64.
+        dtype: static; float16, bfloat16, float32, or float64 where `jax_enable_x64` is set.
         causal: static; whether tokens attend only to themselves and to earlier tokens.
 
     Returns:
@@ -139,7 +139,11 @@ def build_packing_attention_bias(
     """
     caller = "build_packing_attention_bias"
     ids = check_ids(caller, "segment_ids", segment_ids, max_rank=2)
-    name = check_choice(caller, "dtype", jnp.dtype(dtype).name, tuple(_MASK_VALUES))
+    try:
+        found = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        found = str(dtype)
+    name = check_choice(caller, "dtype", found, tuple(_MASK_VALUES))
     allowed, blocked = jnp.zeros((), dtype), jnp.array(_MASK_VALUES[name], dtype)
     return jnp.where(segment_mask(ids, causal=causal), allowed, blocked)
 
@@ -160,7 +164,7 @@ def build_packing_cu_seqlens(
         segment_ids: integers `[B, L]`, or `[L]` for one row.
         attention_mask: bool or integers of the same shape; 0 marks padding, as an id of 0 does.  A
             token masked out inside a segment cuts it in two.
-        max_segments: static; the most segments in any *row*, at least 1.
+        max_segments: static; the most segments in any *row*, in `[1, 2**20]`.
 
     Returns:
         A `CuSeqlens`.
@@ -176,7 +180,7 @@ def build_packing_cu_seqlens(
     """
     caller = "build_packing_cu_seqlens"
     ids = check_ids(caller, "segment_ids", segment_ids, max_rank=2)
-    max_segments = check_int(caller, "max_segments", max_segments, 1)
+    max_segments = check_int(caller, "max_segments", max_segments, 1, 2**20)
     ids = jnp.atleast_2d(jnp.where(_real_tokens(caller, ids, attention_mask), ids, 0))
     real = ids != 0
     starts = _run_starts(ids) & real
