@@ -1,13 +1,34 @@
-"""Memory maps that travel by path: what a worker process receives stays small at any size."""
+"""What the wings share on arrays: offsets of ragged ones, and memory maps that travel by path."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MappedArray", "from_portable", "to_portable"]
+__all__ = ["MappedArray", "from_portable", "offsets_of", "part_sums", "to_portable"]
+
+
+def offsets_of(sizes: ArrayLike) -> NDArray[np.int64]:
+    """Return where parts of these sizes start, and where the last ends: int64 `[k + 1]`.
+
+    Example:
+        >>> offsets_of([2, 0, 3]).tolist()
+        [0, 2, 2, 5]
+    """
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def part_sums(values: ArrayLike, offsets: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the sum of each part `values[offsets[i]:offsets[i + 1]]`: int64 `[k]`.
+
+    Example:
+        >>> part_sums([5, 3, 4], np.array([0, 2, 3])).tolist()
+        [8, 4]
+    """
+    sums: NDArray[np.int64] = offsets_of(values)[offsets]
+    return sums[1:] - sums[:-1]
 
 
 class MappedArray(NamedTuple):

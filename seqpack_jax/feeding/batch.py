@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import from_portable, to_portable
+from seqpack_jax.arrays import from_portable, part_sums, to_portable
 from seqpack_jax.errors import check_int, check_integers, fail
 from seqpack_jax.planning.histogram import Int64, Pieces, coarsen_lengths
 from seqpack_jax.planning.plan import Bins
@@ -266,9 +266,8 @@ def fill_rows(
     """Lay out `arrays`, cut into bins by `offsets`, as `rows` rows; the last may be empty."""
     bins = len(offsets) - 1
     lengths = np.array([len(array) for array in arrays], np.int64)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     room = np.full(rows, max_seq_len)
-    room[:bins] -= np.diff(sums[offsets])
+    room[:bins] -= part_sums(lengths, offsets)
     if bins and int(room.min()) < 0:
         row = int(room.argmin())
         fill = max_seq_len - int(room[row])

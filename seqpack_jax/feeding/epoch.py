@@ -14,6 +14,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import check_int, check_integers, fail
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.histogram import Int64, SequencePools
@@ -102,8 +103,7 @@ class Epoch:
             index = permute(index, max(1, len(self)), self.key)
         template = np.searchsorted(plan.bin_starts, index, side="right") - 1
         sizes = plan.sizes[template]
-        offsets = np.zeros(len(index) + 1, np.int64)
-        np.cumsum(sizes, out=offsets[1:])
+        offsets = offsets_of(sizes)
         # Of every slot: where it is in the plan, and which bin of its template it belongs to.
         slot = np.arange(offsets[-1]) + np.repeat(plan.offsets[template] - offsets[:-1], sizes)
         bin_of_template = np.repeat(index - plan.bin_starts[template], sizes)

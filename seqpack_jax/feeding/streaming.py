@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import fail
 from seqpack_jax.feeding.batch import fill_rows
 
@@ -141,7 +142,7 @@ class PackingIterator:
         size = sum(map(len, packed))
         taken = list(islice(self._waiting, size))
         arrays = [taken[index][2] for row in packed for index in row]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(row) for row in packed])])
+        offsets = offsets_of([len(row) for row in packed])
         batch = fill_rows("PackOperation", arrays, offsets, rows, max_seq_len, self._pad_value)
         for _ in range(size):  # only now: an error above loses nothing
             self._waiting.popleft()

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from seqpack_jax.arrays import offsets_of
 from seqpack_jax.planning.histogram import Int64
 
 __all__ = [
@@ -91,9 +92,7 @@ class _Tree:
         times = times[by_template]
         flat = np.repeat(values[by_template], times).astype(np.int32)
         sizes = np.bincount(np.repeat(owners[by_template], times), minlength=len(multiplicity))
-        return Templates(
-            flat, np.concatenate([np.zeros(1, np.int64), sizes.cumsum()]), multiplicity
-        )
+        return Templates(flat, offsets_of(sizes), multiplicity)
 
 
 def _runs(counts: Int64) -> list[tuple[int, int]]:
@@ -323,7 +322,7 @@ def next_fit_offsets(lengths: Int64, max_seq_len: int, max_segments: int | None 
 
     Time: O(n log n) in whole arrays, and a step per bin.
     """
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    sums = offsets_of(lengths)
     ends = np.searchsorted(sums, sums[:-1] + max_seq_len, side="right") - 1
     if max_segments:
         ends = np.minimum(ends, np.arange(len(lengths)) + max_segments)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import from_portable, to_portable
+from seqpack_jax.arrays import from_portable, offsets_of, to_portable
 from seqpack_jax.errors import (
     MAX_LENGTH,
     MAX_TOTAL,
@@ -79,7 +79,7 @@ class SequencePools:
     @classmethod
     def identity(cls, counts: ArrayLike | Mapping[int, int]) -> SequencePools:
         """Pools of sequences that are numbered by increasing length.  Time: O(max_len)."""
-        return cls(None, _starts(as_counts("SequencePools.identity", counts)))
+        return cls(None, offsets_of(as_counts("SequencePools.identity", counts)))
 
     @property
     def counts(self) -> Int64:
@@ -125,7 +125,7 @@ class SequencePools:
         if tolerance == 1:
             return self
         counts = coarsen_counts(self.counts, tolerance, max_seq_len)
-        return SequencePools(self.ids, _starts(counts), self.pieces)
+        return SequencePools(self.ids, offsets_of(counts), self.pieces)
 
     def __getstate__(self) -> dict[str, Any]:
         ids = None if self.ids is None else to_portable(self.ids)
@@ -295,8 +295,4 @@ def _group(lengths: Int64, pieces: Pieces | None) -> tuple[Int64, SequencePools]
         keys = keys.astype(np.uint16)  # NumPy's stable sort of 16 bits is a radix sort
     ids = np.argsort(keys, kind="stable")[counts[0] :]
     counts[0] = 0
-    return counts, SequencePools(ids, _starts(counts), pieces)
-
-
-def _starts(counts: Int64) -> Int64:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return counts, SequencePools(ids, offsets_of(counts), pieces)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.bounds import volume_bound
@@ -214,8 +215,8 @@ def _assign(plan: PackingPlan, ids: Any) -> Bins:
     place += np.repeat(first, bins)
     assigned = np.empty(len(ids), np.int64)
     assigned[place] = ids
-    ends = np.cumsum(np.repeat(plan.sizes, plan.multiplicity))
-    return Bins(assigned, np.concatenate([np.zeros(1, np.int64), ends]), plan.max_seq_len)
+    offsets = offsets_of(np.repeat(plan.sizes, plan.multiplicity))
+    return Bins(assigned, offsets, plan.max_seq_len)
 
 
 def _shuffled(pools: SequencePools, seed: int) -> Int64:

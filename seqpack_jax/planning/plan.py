@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import MappedArray, from_portable, to_portable
+from seqpack_jax.arrays import MappedArray, from_portable, offsets_of, part_sums, to_portable
 from seqpack_jax.errors import (
     MAX_LENGTH,
     MAX_TOTAL,
@@ -120,13 +120,12 @@ class PackingPlan:
     @cached_property
     def fills(self) -> Int64:
         """int64 `[t]`: planned tokens per bin of each template."""
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
-        return np.diff(sums[self.offsets])
+        return part_sums(self.lengths, self.offsets)
 
     @cached_property
     def bin_starts(self) -> Int64:
         """int64 `[t + 1]`: bins `bin_starts[i]` to `bin_starts[i + 1]` follow template `i`."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.multiplicity)])
+        return offsets_of(self.multiplicity)
 
     @cached_property
     def slot_starts(self) -> Int64:
@@ -263,7 +262,7 @@ class PackingPlan:
         sizes = np.array([len(template) for template in merged], np.int64)
         flat = [length for template in merged for length in template]
         lengths = check_lengths(caller, flat, max_seq_len).astype(np.int32)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        offsets = offsets_of(sizes)
         multiplicity = check_integers(caller, "counter (values)", list(merged.values()))
         multiplicity = multiplicity.astype(np.int64)
         tokens = int(np.repeat(multiplicity, sizes) @ lengths.astype(np.int64))
@@ -396,8 +395,7 @@ class Bins:
             index = int((uses != 1).argmax())
             more = int(np.count_nonzero(uses != 1))
             fail(caller, f"sequence {index} is in {uses[index]} bins ({more} such sequences)", hint)
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(array[self.ids])])
-        fills = np.diff(sums[self.offsets])
+        fills = part_sums(array[self.ids], self.offsets)
         if len(fills) and int(fills.max()) > self.max_seq_len:
             index = int(fills.argmax())
             fail(caller, f"bin {index} holds {fills[index]} tokens of {self.max_seq_len}", hint)

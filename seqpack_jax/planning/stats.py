@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from seqpack_jax.arrays import part_sums
 from seqpack_jax.errors import check_int, check_lengths, fail
 from seqpack_jax.planning.bounds import volume_bound
 from seqpack_jax.planning.histogram import Int64
@@ -83,8 +84,7 @@ class PackingStats:
                 "pass the max_seq_len of the packing",
             )
         bins.check(array)
-        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(array[bins.ids])])
-        fills = np.diff(sums[bins.offsets])
+        fills = part_sums(array[bins.ids], bins.offsets)
         bound = volume_bound(np.bincount(array), max_seq_len)
         ones = np.ones(len(bins), np.int64)
         sizes = np.diff(bins.offsets)
