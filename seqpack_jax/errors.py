@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 __all__ = [
     "MAX_LENGTH",
     "MAX_TOTAL",
+    "OVER_LENGTH_HINT",
     "SeqpackError",
     "check_choice",
     "check_int",
     "check_integers",
     "check_lengths",
+    "check_offsets",
     "fail",
 ]
 
 MAX_LENGTH = 2**31 - 1  # tokens: templates hold lengths as int32
 MAX_TOTAL = 2**62  # tokens or sequences: their sums must stay inside int64
+OVER_LENGTH_HINT = "pass over_length='drop', 'truncate', 'crop' or 'split', or raise max_seq_len"
 
 
 class SeqpackError(ValueError):
@@ -37,7 +40,7 @@ class SeqpackError(ValueError):
         ... except sp.SeqpackError as error:
         ...     print(error)
         pack_sequences: lengths[1] = 700, but max_seq_len is 512 (1 of 3 lengths is over it).
-        Hint: split or drop over-length sequences first, or raise max_seq_len.
+        Hint: pass over_length='drop', 'truncate', 'crop' or 'split', or raise max_seq_len.
     """
 
 
@@ -90,12 +93,19 @@ def check_integers(caller: str, name: str, values: Any) -> NDArray[Any]:
     return array
 
 
-def check_lengths(caller: str, lengths: Any, max_seq_len: int | None = None) -> NDArray[Any]:
+def check_lengths(
+    caller: str,
+    lengths: Any,
+    max_seq_len: int | None = None,
+    *,
+    name: str = "lengths",
+    hint: str = OVER_LENGTH_HINT,
+) -> NDArray[Any]:
     """Return `lengths` as a 1-D integer array whose values lie in `[1, max_seq_len]`.
 
     Time: O(n), two passes without a copy.
     """
-    array = check_integers(caller, "lengths", lengths)
+    array = check_integers(caller, name, lengths)
     if array.size == 0:
         return array
     if int(array.min()) < 1:
@@ -103,22 +113,30 @@ def check_lengths(caller: str, lengths: Any, max_seq_len: int | None = None) -> 
         index = int(below.argmax())
         fail(
             caller,
-            f"lengths[{index}] = {array[index]}, but a length is at least 1 "
+            f"{name}[{index}] = {array[index]}, but a length is at least 1 "
             f"({_share(int(np.count_nonzero(below)), array.size)} below it)",
             "remove empty sequences before planning",
         )
-    if max_seq_len is None:
-        max_seq_len = MAX_LENGTH
-    if int(array.max()) > max_seq_len:
-        over = array > max_seq_len
+    limit, what = max_seq_len, "max_seq_len is"
+    if limit is None:
+        limit, what, hint = MAX_LENGTH, "a length is at most", "check what computes lengths"
+    if int(array.max()) > limit:
+        over = array > limit
         index = int(over.argmax())
         fail(
             caller,
-            f"lengths[{index}] = {array[index]}, but max_seq_len is {max_seq_len} "
+            f"{name}[{index}] = {array[index]}, but {what} {limit} "
             f"({_share(int(np.count_nonzero(over)), array.size)} over it)",
-            "split or drop over-length sequences first, or raise max_seq_len",
+            hint,
         )
     return array
+
+
+def check_offsets(caller: str, offsets: NDArray[Any], size: int, count: int, hint: str) -> None:
+    """Raise unless `offsets` cut `size` entries into `count` parts, none of them empty."""
+    whole = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == size
+    if not whole or (offsets[1:] <= offsets[:-1]).any():
+        fail(caller, f"offsets do not cut {size} entries into {count} non-empty parts", hint)
 
 
 def _share(count: int, total: int) -> str:

@@ -36,7 +36,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.errors import check_int, fail
 
-__all__ = ["PERMUTATION_VERSION", "inverse_permute", "permute", "seed_from_components"]
+__all__ = [
+    "PERMUTATION_VERSION",
+    "inverse_permute",
+    "permute",
+    "random_below",
+    "seed_from_components",
+]
 
 PERMUTATION_VERSION = 1
 """Saved runs name it: a change of any value of `permute` or `seed_from_components` bumps it."""
@@ -87,6 +93,25 @@ def seed_from_components(*components: int) -> int:
     ]
     digest = blake2b(":".join(map(str, integers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
+
+
+def random_below(bound: ArrayLike, index: ArrayLike, seed: int) -> NDArray[np.int64]:
+    """Return a random number in `[0, bound)` for each index: a hash of `(index, seed)`.
+
+    For choices that need not be a permutation.  Time: O(size).
+
+    Args:
+        bound: int64 `[k]`, each in `[1, 2**32)`.
+        index: int64 `[k]`.
+        seed: a 64-bit seed.
+
+    Example:
+        >>> random_below([10, 1000], [0, 1], seed=7).tolist()
+        [0, 389]
+    """
+    words = np.asarray(index, np.int64).reshape(-1).astype(np.uint64) * _GAMMA + np.uint64(seed)
+    below = (_mix(words) >> _HALF) * np.asarray(bound, np.int64).reshape(-1).astype(np.uint64)
+    return (below >> _HALF).astype(np.int64)
 
 
 def permute(index: ArrayLike, n: ArrayLike, seed: ArrayLike) -> NDArray[np.int64]:

@@ -84,3 +84,46 @@ def rows_of(bins, sequences, max_seq_len, pad_value=0):
         segment_ids.append(row[1])
         positions.append(row[2])
     return tokens, segment_ids, positions
+
+
+def over_length_ids(lengths, max_seq_len, policy):
+    """`{id: (sequence, first token, last token + 1)}` of all that a policy packs.
+
+    Where the window of "crop" starts is drawn later; here it is the front.
+    """
+    packed = {}
+    next_id = len(lengths)
+    for index, length in enumerate(lengths):
+        if length <= max_seq_len:
+            packed[index] = (index, 0, length)
+        elif policy.action in ("truncate", "crop"):
+            packed[index] = (index, 0, max_seq_len)
+        elif policy.action == "truncate_left":
+            packed[index] = (index, length - max_seq_len, length)
+        elif policy.action == "split":
+            start = stop = 0
+            while stop < length:
+                stop = min(start + max_seq_len, length)
+                if stop - start >= policy.min_tail:
+                    packed[next_id] = (index, start, stop)
+                    next_id += 1
+                start = stop - policy.overlap
+    return packed
+
+
+def over_length_report(lengths, max_seq_len, policy):
+    """What a policy touched, by counting how often each token is packed."""
+    packed = over_length_ids(lengths, max_seq_len, policy)
+    uses = [[0] * length for length in lengths]
+    for index, start, stop in packed.values():
+        for token in range(start, stop):
+            uses[index][token] += 1
+    long = [length for length in lengths if length > max_seq_len]
+    return (
+        policy.action,
+        len(long),
+        sum(long),
+        sum(use == 0 for tokens in uses for use in tokens),
+        sum(use - 1 for tokens in uses for use in tokens if use > 1),
+        sum(identity >= len(lengths) for identity in packed),
+    )

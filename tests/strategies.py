@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from seqpack_jax.planning.over_length import ACTIONS, OverLength
 from seqpack_jax.planning.packers import ALGORITHMS
 
 algorithms = st.sampled_from(sorted(ALGORITHMS))
@@ -21,6 +22,20 @@ def packings(draw, max_size=60, max_capacity=64):
     pool = rng.integers(1, longest + 1, draw(st.integers(1, 12)))
     size = draw(st.sampled_from([0, 1, 2, *range(3, max_size + 1)]))
     return rng.choice(pool, size).tolist(), capacity
+
+
+@st.composite
+def over_length_packings(draw, max_size=30, max_capacity=24, actions=ACTIONS[1:]):
+    """`(lengths, max_seq_len, policy)`: from no over-length sequences to nothing else."""
+    lengths, capacity = draw(packings(max_size, max_capacity))
+    stretch = draw(st.sampled_from([1, 2, 5]))
+    policy = OverLength(draw(st.sampled_from(actions)))
+    if policy.action == "split":
+        overlap = draw(st.integers(0, capacity - 1))
+        min_tail = draw(st.integers(1, capacity))
+        positions = draw(st.sampled_from(["restart", "continue"]))
+        policy = OverLength("split", overlap=overlap, min_tail=min_tail, positions=positions)
+    return [length * stretch for length in lengths], capacity, policy
 
 
 @st.composite

@@ -1,11 +1,25 @@
-"""Memory maps travel by path, views of them too, and other arrays by value."""
+"""Arrays in parts read as one; memory maps travel by path, and other arrays by value."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from seqpack_jax.arrays import MappedArray, from_portable, to_portable
+import seqpack_jax as sp
+from seqpack_jax.arrays import (
+    ArrayParts,
+    GroupedParts,
+    MappedArray,
+    from_portable,
+    map_npz,
+    narrow,
+    offsets_of,
+    save_npz,
+    to_portable,
+)
 
 
 @pytest.fixture
@@ -55,3 +69,178 @@ def test_an_offset_map_and_a_plain_array(tmp_path):
     assert from_portable(to_portable(array)).tolist() == list(range(200, 600))
     plain = np.arange(3)
     assert from_portable(to_portable(plain)) is plain
+
+
+def test_narrow_takes_the_smallest_dtype():
+    for value, dtype in [(255, np.uint8), (256, np.uint16), (2**16, np.uint32), (2**40, np.uint64)]:
+        assert narrow([0, value]).dtype == dtype
+        assert narrow([0, value]).tolist() == [0, value]
+    assert narrow([]).shape == (0,)
+
+
+@st.composite
+def parts(draw):
+    """`(ArrayParts, the same put together)`: some parts empty, of different dtypes, or rows."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    row = draw(st.sampled_from([(), (3,)]))
+    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 7]), max_size=8))
+    dtypes = rng.choice([np.uint8, np.int32, np.int64], len(sizes))
+    arrays = [rng.integers(0, 200, (n, *row)).astype(t) for n, t in zip(sizes, dtypes, strict=True)]
+    bases = rng.integers(-(10**12), 10**12, len(sizes)) if draw(st.booleans()) else None
+    shift = np.zeros(len(sizes), np.int64) if bases is None else bases
+    whole = [array.astype(np.int64) + b for array, b in zip(arrays, shift, strict=True)]
+    return ArrayParts(arrays, bases), np.concatenate(
+        [np.zeros((0, *(row if sizes else ())), int), *whole]
+    )
+
+
+@given(made=parts(), data=st.data())
+def test_parts_read_as_one_array(made, data):
+    array, whole = made
+    size = len(whole)
+    assert len(array) == size
+    ends = st.none() | st.integers(-size - 2, size + 2)
+    step = st.none() | st.sampled_from([1, 2, -1, -3])
+    taken = data.draw(st.builds(slice, ends, ends, step))
+    assert array[taken].tolist() == whole[taken].tolist()
+    assert array[:].dtype == array[[]].dtype == np.int64
+    if size:
+        shape = data.draw(st.sampled_from([(), (1,), (20,), (4, 5)]))
+        index = np.random.default_rng(size).integers(-size, size, shape)
+        assert array[index].shape == whole[index].shape
+        assert array[index].tolist() == whole[index].tolist()
+        assert array[index % size].tolist() == whole[index].tolist()
+    for place in (size, -size - 1):
+        with pytest.raises(IndexError, match=f"place {place} of {size}"):
+            array[[place]]
+    again = pickle.loads(pickle.dumps(array))
+    assert again[:].tolist() == whole.tolist()
+
+
+def test_many_parts():
+    array = ArrayParts([np.array([k]) for k in range(70_000)])
+    assert array[[69_999, 3, 69_999, 300]].tolist() == [69_999, 3, 69_999, 300]
+
+
+def test_parts_refuse_what_is_no_place():
+    array = ArrayParts([np.arange(3), np.arange(4)])
+    for index in ([True] * 7, [0.5], "a", None):
+        with pytest.raises(IndexError, match="not an integer dtype"):
+            array[index]
+    with pytest.raises(TypeError, match="read by slices"):
+        iter(array)
+
+
+def test_parts_that_do_not_fit_together():
+    rows = np.zeros((2, 3), int)
+    with pytest.raises(sp.SeqpackError, match=r"part 1 has dtype int64 and shape \(2, 3\)"):
+        ArrayParts([np.arange(3), rows])
+    with pytest.raises(sp.SeqpackError, match="part 0 has dtype float64"):
+        ArrayParts([np.zeros(3)])
+    with pytest.raises(sp.SeqpackError, match=r"2 parts, and bases of shape \(1,\)"):
+        ArrayParts([rows, rows], bases=[5])
+
+
+def test_parts_of_files_pickle_by_path(tmp_path):
+    (tmp_path / "b").mkdir()
+    arrays = [np.arange(k, k + n) for k, n in enumerate([3000, 0, 2000, 5])]
+    paths = [tmp_path / name for name in ("0.npy", "b/1.npy", "b/2 3.npy")]
+    for path, values in zip(paths, arrays, strict=False):
+        np.save(path, values)
+    maps = [np.load(path, mmap_mode="r") for path in paths]
+    array = ArrayParts([*maps, arrays[3], maps[0][7:9]], bases=[1, 2, 3, 4, 5])
+    whole = array[:].tolist()
+    for _ in range(3):  # what was unpickled is pickled by path again
+        data = pickle.dumps(array)
+        assert len(data) < 1500
+        array = pickle.loads(data)
+        assert array[:].tolist() == whole
+        assert isinstance(array.parts[0], np.memmap)
+    thousand = ArrayParts([np.asarray(maps[0])[k : k + 9] for k in range(1000)])
+    assert len(pickle.dumps(thousand)) < 20_000
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    keys=st.lists(st.sampled_from([0, 1, 3, 12, 300]), max_size=6),
+    densest=st.sampled_from([1, 2, 5]),
+)
+def test_grouped_parts_are_found_in_as_if_merged(seed, keys, densest):
+    rng = np.random.default_rng(seed)
+    counts = [rng.integers(0, densest + 1, number) * rng.integers(0, 2, number) for number in keys]
+    grouped = GroupedParts([offsets_of(each) for each in counts])
+    labels = [
+        (k, part) for part, each in enumerate(counts) for k in np.repeat(np.arange(len(each)), each)
+    ]
+    merged = sorted(range(len(labels)), key=labels.__getitem__)
+    for found in (grouped, pickle.loads(pickle.dumps(grouped))):
+        assert found.places(np.arange(len(labels))).tolist() == merged
+        assert found.sizes.tolist() == [int(each.sum()) for each in counts]
+        number = max(keys, default=0)
+        total = sum(
+            (np.pad(each, (0, number - len(each))) for each in counts), np.zeros(number, int)
+        )
+        assert found.starts.tolist() == offsets_of(total).tolist()
+
+
+def test_more_than_65536_keys():
+    starts = offsets_of(np.ones(70_000, int))
+    grouped = GroupedParts(np.stack([starts, starts]))
+    assert grouped.places([0, 1, 139_998, 139_999]).tolist() == [0, 70_000, 69_999, 139_999]
+
+
+@pytest.mark.parametrize("starts", [[], [1, 2], [0, 3, 2]])
+def test_starts_that_do_not_rise_from_zero(starts):
+    grouped = GroupedParts([np.array([0, 2]), np.array(starts, int)])
+    with pytest.raises(sp.SeqpackError, match="the starts of part 1 do not rise from 0"):
+        grouped.places([0])
+
+
+def test_maps_inside_a_file(tmp_path):
+    arrays = {
+        "some_long_name": np.arange(7, dtype=np.int32),
+        "b": np.arange(6).reshape(3, 2).T,
+        "empty": np.zeros((0, 4), np.uint8),
+        "text": np.array("text"),
+        "last": np.arange(9),
+    }
+    path = tmp_path / "a.npz"
+    save_npz(path, arrays)
+    with np.load(path) as file:
+        assert {name: file[name].tolist() for name in file} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+    mapped = map_npz(path, ["last", "some_long_name", "b", "empty"])
+    for name, array in mapped.items():
+        assert array.tolist() == arrays[name].tolist()
+        assert array.dtype == arrays[name].dtype
+        if name != "empty":
+            assert array.__array_interface__["data"][0] % 64 == 0, "aligned"
+            assert isinstance(to_portable(array), MappedArray)
+    save_npz(tmp_path / "again.npz", arrays)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+
+
+def test_files_that_cannot_be_mapped(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, a=np.arange(3))
+    with pytest.raises(ValueError, match="a is compressed"):
+        map_npz(path, ["a"])
+    np.savez(path, a=np.arange(3.0), b=np.array([{}], object))
+    with pytest.raises(ValueError, match="a has dtype float64"):
+        map_npz(path, ["a"])
+    with pytest.raises(ValueError, match="b has dtype object"):
+        map_npz(path, ["b"])
+    with pytest.raises(KeyError):
+        map_npz(path, ["c"])
+    np.savez(path, a=np.arange(6).reshape(2, 3).T)
+    with pytest.raises(ValueError, match="stored by columns"):
+        map_npz(path, ["a"])
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.npy", b"\x93NUMPY\x02\x00" + bytes(50))
+    with pytest.raises(ValueError, match=r"version \(2, 0\) is not known"):
+        map_npz(path, ["a"])
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.npy", b"\x93NUMPY\x01\x00\x01\x00(" + bytes(50))
+    with pytest.raises(ValueError, match="a has a bad header"):
+        map_npz(path, ["a"])

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 import seqpack_jax as sp
-from seqpack_jax.errors import check_choice, check_int, check_integers, check_lengths
+from seqpack_jax.errors import (
+    check_choice,
+    check_int,
+    check_integers,
+    check_lengths,
+    check_offsets,
+)
 
 
 def message(function, *args, **kwargs):
@@ -25,7 +31,15 @@ def test_it_is_a_value_error():
     [
         ([3, 0, 0, 5], ["lengths[1] = 0", "2 of 4 lengths are below it", "remove empty"]),
         ([3, -4], ["lengths[1] = -4", "1 of 2 lengths is below it"]),
-        ([3, 9, 12], ["lengths[1] = 9", "max_seq_len is 8", "2 of 3 lengths are over it"]),
+        (
+            [3, 9, 12],
+            [
+                "lengths[1] = 9",
+                "max_seq_len is 8",
+                "2 of 3 lengths are over it",
+                "pass over_length='drop', 'truncate', 'crop' or 'split', or raise max_seq_len",
+            ],
+        ),
         ([3.0, 2.0], ["dtype float64"]),
         ([3.0, float("nan")], ["lengths[1] = nan"]),
         ([True, False], ["dtype bool"]),
@@ -73,7 +87,9 @@ def test_bad_options():
         assert str(next(iter(options))) in message(
             sp.pack_sequences, [1], 8, algorithm="next_fit", **options
         )
-    assert "lengths[0] = 10000000000000" in message(sp.length_histogram_from_lengths, [10**13])
+    text = message(sp.length_histogram_from_lengths, [10**13])
+    assert "lengths[0] = 10000000000000, but a length is at most 2147483647" in text
+    assert "over_length" not in text
     assert "x = 3 is not known" in message(check_choice, "f", "x", 3, ("a",))
 
 
@@ -98,3 +114,23 @@ def test_bad_counts(counts, part):
     text = message(sp.pack_length_histogram, counts, 8)
     assert part in text
     assert text.startswith("pack_length_histogram: ")
+
+
+def test_hints_for_long_lengths_suit_the_function():
+    assert "pass over_length='drop'" in message(sp.pack_length_histogram, {9: 7}, 8)
+    assert "raise max_seq_len" in message(sp.volume_bound, {9: 7}, 8)
+    assert "pass over_length" not in message(sp.volume_bound, {9: 7}, 8)
+    assert "pass over_length" not in message(sp.PackingPlan.from_counter, {(9,): 1}, 8)
+    for counts in ({2**31: 1}, {2**31: 0}):
+        for policy in ("error", "drop"):
+            text = message(sp.pack_length_histogram, counts, 8, over_length=policy)
+            assert "counts[2147483648]" in text
+    assert "a length is at most 2147483647" in text
+
+
+def test_offsets_cut_into_parts_that_are_not_empty():
+    check_offsets("f", np.array([0, 2, 5]), 5, 2, "look")
+    check_offsets("f", np.array([0]), 0, 0, "look")
+    for offsets in ([], [0, 5], [0, 5, 5], [1, 2, 5], [0, 2, 4], [0, 2, 5, 5]):
+        with pytest.raises(sp.SeqpackError, match="f: offsets do not cut 5 entries into 2 non-em"):
+            check_offsets("f", np.array(offsets), 5, 2, "look")

@@ -1,14 +1,17 @@
-"""Lengths -> counts and pools; splitting; merging buckets."""
+"""Lengths -> counts and pools, under every policy; merging buckets."""
 
 import pickle
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import over_length_packings
 
 import seqpack_jax as sp
-from seqpack_jax.planning.histogram import as_counts, coarsen_counts, coarsen_lengths
+from seqpack_jax.planning.counts import as_counts, coarsen_counts, coarsen_lengths
+from seqpack_jax.planning.over_length import ACTIONS
 
 lengths_strategy = st.lists(st.integers(1, 40), max_size=60)
 
@@ -69,40 +72,45 @@ def test_coarsening_merges_the_pools_of_a_bucket(lengths, tolerance, extra):
         assert set(coarse[length].tolist()) == {i for i, n in enumerate(planned) if n == length}
 
 
-@given(lengths=st.lists(st.integers(1, 60), max_size=30), capacity=st.integers(1, 25))
-def test_split_covers_every_token_once(lengths, capacity):
-    counts, pools = sp.length_histogram_from_lengths(lengths, capacity, over_length="split")
+@given(packing=over_length_packings(actions=ACTIONS), extra=st.integers(0, 2))
+def test_pools_under_every_policy(packing, extra):
+    lengths, capacity, policy = packing
+    true = [length + extra for length in lengths]
+    if policy.action == "error":
+        capacity = max([capacity, *true])
+    counts, pools = sp.length_histogram_from_lengths(
+        lengths, capacity, over_length=policy, extra_tokens=extra
+    )
+    packed = reference.over_length_ids(true, capacity, policy)
     assert len(counts) <= capacity + 1
-    assert counts @ np.arange(len(counts)) == sum(lengths)
-    seen = [np.zeros(n, int) for n in lengths]
-    for sequence in pools.ids.tolist():
-        if sequence < len(lengths):
-            assert lengths[sequence] <= capacity
-            seen[sequence] += 1
-        else:
-            piece = sequence - pools.pieces.num_sequences
-            source = pools.pieces.source_id[piece]
-            assert lengths[source] > capacity
-            seen[source][pools.pieces.start[piece] : pools.pieces.stop[piece]] += 1
-    assert all((tokens == 1).all() for tokens in seen)
-    if pools.pieces is None:
-        assert max(lengths, default=0) <= capacity
+    assert pools.counts.tolist() == counts.tolist()
+    for length in range(capacity + 1):
+        own = [i for i, (_, start, stop) in packed.items() if stop - start == length]
+        assert pools[length].tolist() == sorted(own)
+    assert pools.over_length == policy
+    assert pools.report == reference.over_length_report(true, capacity, policy)
+    assert pools.coarsen(3, capacity).report == pools.report
 
 
 def test_split_cuts_full_pieces_and_a_remainder():
     _, pools = sp.length_histogram_from_lengths([3, 9, 8], 4, over_length="split")
     pieces = pools.pieces
-    assert pieces.num_sequences == 3
+    assert pieces.first_id == 3
     assert pieces.source_id.tolist() == [1, 1, 1, 2, 2]
     assert pieces.start.tolist() == [0, 4, 8, 0, 4]
     assert pieces.stop.tolist() == [4, 8, 9, 4, 8]
+    assert pieces.source_length.tolist() == [9, 9, 9, 8, 8]
 
 
 def test_over_length_is_an_error_by_default():
     with pytest.raises(sp.SeqpackError, match=r"lengths\[1\] = 9, but max_seq_len is 4"):
         sp.length_histogram_from_lengths([3, 9], 4)
-    with pytest.raises(sp.SeqpackError, match="choose one of error, split"):
+    with pytest.raises(sp.SeqpackError, match="choose one of error, drop, truncate"):
         sp.length_histogram_from_lengths([3, 9], 4, over_length="cut")
+    with pytest.raises(sp.SeqpackError, match="over_length is 'drop', but there is no max_seq_len"):
+        sp.length_histogram_from_lengths([3, 9], over_length="drop")
+    with pytest.raises(sp.SeqpackError, match="extra_tokens = -1"):
+        sp.length_histogram_from_lengths([3, 9], extra_tokens=-1)
 
 
 def test_counts_forms_agree():
@@ -131,8 +139,12 @@ def test_pools_need_an_id_per_place():
 def test_split_pools_pickle_whole():
     _, pools = sp.length_histogram_from_lengths([3, 9, 8], 4, over_length="split")
     again = pickle.loads(pickle.dumps(pools))
-    assert again.pieces.num_sequences == 3
+    assert again.pieces.first_id == 3
     assert again.pieces.start.tolist() == pools.pieces.start.tolist()
+    assert again.over_length == pools.over_length
+    assert again.report == pools.report
+    assert again.starts.tolist() == pools.starts.tolist()
+    assert again.ids.tolist() == pools.ids.tolist()
 
 
 def test_memory_mapped_pools_pickle_by_path(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import algorithms, caps, packings
+from strategies import algorithms, caps, over_length_packings, packings
 
 import seqpack_jax as sp
 
@@ -104,3 +104,82 @@ def test_tolerance_counts_true_tokens():
     assert dict(plan.to_counter()) == {(4, 4): 2}
     assert plan.efficiency == 14 / 16
     plan.check({3: 2, 4: 2})
+
+
+@given(packing=packings(), algorithm=algorithms, cap=caps, tolerance=st.integers(2, 9))
+def test_a_tolerance_says_what_it_costs(packing, algorithm, cap, tolerance):
+    lengths, capacity = packing
+    counts, _ = sp.length_histogram_from_lengths(lengths)
+    options = {"algorithm": algorithm, "max_segments": cap}
+    exact = sp.pack_length_histogram(counts, capacity, **options)
+    plan = sp.pack_length_histogram(counts, capacity, tolerance=tolerance, **options)
+    assert exact.tolerance_rows == 0
+    assert plan.tolerance_rows == plan.num_bins - exact.num_bins
+    assert plan.certificate.lower_bound == exact.certificate.lower_bound
+    plan.check(counts)
+
+
+@given(packing=over_length_packings(), algorithm=algorithms, tolerance=st.integers(1, 5))
+def test_a_histogram_is_packed_under_every_policy(packing, algorithm, tolerance):
+    lengths, capacity, policy = packing
+    options = {"algorithm": algorithm, "tolerance": tolerance}
+    raw = np.bincount(lengths, minlength=1)
+    plan = sp.pack_length_histogram(raw, capacity, over_length=policy, **options)
+    counts, pools = sp.length_histogram_from_lengths(lengths, capacity, over_length=policy)
+    assert plan.digest() == sp.pack_length_histogram(counts, capacity, **options).digest()
+    named = {length: int(count) for length, count in enumerate(raw) if count}
+    again = sp.pack_length_histogram(named, capacity, over_length=policy, **options)
+    assert again.digest() == plan.digest()
+    assert plan.num_tokens == (
+        sum(lengths) - pools.report.dropped_tokens + pools.report.repeated_tokens
+    )
+    bins = sp.pack_sequences(lengths, capacity, over_length=policy, **options)
+    assert len(bins) == plan.num_bins
+    assert bins.report == pools.report
+    assert bins.over_length == policy
+    if pools.pieces is not None:
+        assert bins.pieces.table.tolist() == pools.pieces.table.tolist()
+
+
+@given(packing=over_length_packings())
+def test_next_fit_puts_pieces_where_their_sequence_was(packing):
+    lengths, capacity, policy = packing
+    bins = sp.pack_sequences(lengths, capacity, algorithm="next_fit", over_length=policy)
+    packed = reference.over_length_ids(lengths, capacity, policy)
+    order = sorted(packed, key=lambda i: packed[i])
+    own = [packed[i][2] - packed[i][1] for i in order]
+    assert bins.tolist() == [[order[k] for k in held] for held in reference.next_fit(own, capacity)]
+
+
+def test_pieces_of_too_many_tokens_are_refused():
+    counts = {1: 1, 10**6: 2**41}
+    policy = sp.planning.over_length.OverLength("split", overlap=99)
+    with pytest.raises(sp.SeqpackError, match=r"pack_length_histogram: .* beyond the limit"):
+        sp.pack_length_histogram(counts, 100, over_length=policy)
+
+
+@given(packing=packings(), tolerance=st.integers(1, 9), seed=st.integers(0, 5))
+def test_sorting_by_length(packing, tolerance, seed):
+    lengths, _ = packing
+    rounded = [-(-length // tolerance) for length in lengths]
+    order = sp.planning.packers.sort_indices_by_length(lengths, tolerance)
+    assert order.dtype == np.int64
+    assert order.tolist() == sorted(range(len(lengths)), key=lambda i: -rounded[i])
+    shuffled = sp.planning.packers.sort_indices_by_length(lengths, tolerance, seed)
+    assert sorted(shuffled.tolist()) == list(range(len(lengths)))
+    assert [rounded[i] for i in shuffled] == sorted(rounded, reverse=True)
+
+
+def test_sorting_shuffles_as_packing_does():
+    lengths = np.repeat([8, 7, 3], 40)
+    sort = sp.planning.packers.sort_indices_by_length
+    for tolerance in (1, 4):
+        one, two = (sort(lengths, tolerance, seed).tolist() for seed in (1, 2))
+        assert one != two
+        assert one == sort(lengths.astype(np.uint8), tolerance, 1).tolist()
+        bins = sp.pack_sequences(lengths, 8, tolerance=tolerance, seed=1, max_segments=1)
+        assert bins.ids.tolist() == one
+    for options, part in [((0,), "tolerance = 0"), ((1, "x"), "seed = 'x'")]:
+        with pytest.raises(sp.SeqpackError, match=f"sort_indices_by_length: {part}"):
+            sort(lengths, *options)
+    assert sort([]).tolist() == []

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from seqpack_jax import permutation
 from seqpack_jax.errors import SeqpackError
-from seqpack_jax.permutation import inverse_permute, permute, seed_from_components
+from seqpack_jax.permutation import (
+    inverse_permute,
+    permute,
+    random_below,
+    seed_from_components,
+)
 
 MAX_N = 2**62 - 1
 LANES = permutation._LANES
@@ -420,3 +425,19 @@ class TestSeedFromComponents:
     def test_order_and_grouping_count(self):
         seeds = {seed_from_components(*c) for c in [(1, 2), (2, 1), (12,), (1, 2, 0), (1,), ()]}
         assert len(seeds) == 6
+
+
+def test_random_below_is_splitmix_and_a_multiplication():
+    def slow(bound, index, seed):
+        word = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+        return ((word ^ (word >> 31)) >> 32) * bound >> 32
+
+    rng = np.random.default_rng(0)
+    bounds, indices = rng.integers(1, 2**32, 500), rng.integers(0, 2**63 - 1, 500)
+    for seed in (0, 7, 2**64 - 1):
+        expected = [
+            slow(*each, seed) for each in zip(bounds.tolist(), indices.tolist(), strict=True)
+        ]
+        assert random_below(bounds, indices, seed).tolist() == expected

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from seqpack_jax.errors import check_int
-from seqpack_jax.planning.histogram import as_counts
+from seqpack_jax.planning.counts import as_counts
 
 __all__ = ["volume_bound"]
 
@@ -43,7 +43,8 @@ def volume_bound(
     """
     caller = "volume_bound"
     max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
-    array = as_counts(caller, counts, max_seq_len)
+    hint = "count what over_length makes of the lengths, or raise max_seq_len"
+    array = as_counts(caller, counts, max_seq_len, hint=hint)
     bound = -(-int(array @ np.arange(len(array))) // max_seq_len)
     if max_segments is not None:
         max_segments = check_int(caller, "max_segments", max_segments, 1)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.arrays import offsets_of
-from seqpack_jax.planning.histogram import Int64
+from seqpack_jax.planning.counts import Int64
 
 __all__ = [
     "Templates",

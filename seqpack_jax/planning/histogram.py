@@ -7,53 +7,50 @@ sequences of each length, which an epoch draws from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import from_portable, offsets_of, to_portable
+from seqpack_jax.arrays import (
+    ArrayParts,
+    GroupedParts,
+    MappedArray,
+    from_portable,
+    narrow,
+    offsets_of,
+    to_portable,
+)
 from seqpack_jax.errors import (
     MAX_LENGTH,
-    MAX_TOTAL,
-    check_choice,
     check_int,
     check_integers,
     check_lengths,
     fail,
 )
+from seqpack_jax.planning.counts import Int64, as_counts, coarsen_counts, coarsen_lengths
+from seqpack_jax.planning.over_length import (
+    NOTHING_TOUCHED,
+    REFUSE,
+    OverLength,
+    OverLengthReport,
+    Pieces,
+    apply_to_lengths,
+    as_policy,
+)
 
 __all__ = [
-    "Pieces",
+    "Int64",
     "SequencePools",
     "as_counts",
     "coarsen_counts",
     "coarsen_lengths",
+    "group_ids",
     "length_histogram_from_lengths",
 ]
-
-Int64 = NDArray[np.int64]
-
-
-class Pieces(NamedTuple):
-    """Where the pieces of split sequences come from; kept for over-length sequences only.
-
-    Ids below `num_sequences` are whole sequences.  Piece `k`, tokens `start[k]:stop[k]` of sequence
-    `source_id[k]`, has the id `num_sequences + k`.
-
-    Example:
-        >>> _, pools = length_histogram_from_lengths([3, 9], 4, over_length="split")
-        >>> pieces = pools.pieces
-        >>> list(zip(pieces.source_id.tolist(), pieces.start.tolist(), pieces.stop.tolist()))
-        [(1, 0, 4), (1, 4, 8), (1, 8, 9)]
-    """
-
-    num_sequences: int
-    source_id: Int64  # [p]
-    start: Int64  # [p], tokens
-    stop: Int64  # [p], tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +62,15 @@ class SequencePools:
             when the sequences are numbered that way already (`identity`), which takes no memory.
         starts: int64 `[max_len + 2]`; the ids of length `l` are `ids[starts[l]:starts[l + 1]]`.
         pieces: what the ids of split sequences mean, None when nothing was split.
+        over_length: the policy that says which tokens of an over-length sequence are meant.
+        report: what that policy touched.
+        shard_starts: for pools in shards, which are looked up as one but never merged.  Then `ids`
+            is an `ArrayParts` of as many parts, and part `k` is grouped by length, from
+            `shard_starts[k]`, as above; inside a length, the shards follow one another.  Given as
+            int64 `[k, max_len + 2]`, or as arrays of different lengths.
+
+    Raises:
+        SeqpackError: the numbers of ids differ between `ids`, `starts` and `shard_starts`.
 
     Example:
         >>> _, pools = length_histogram_from_lengths([7, 5, 5, 3, 5])
@@ -72,14 +78,113 @@ class SequencePools:
         ([1, 2, 4], 4)
     """
 
-    ids: NDArray[Any] | None
+    ids: NDArray[Any] | ArrayParts | None
     starts: Int64
     pieces: Pieces | None = None
+    over_length: OverLength = REFUSE
+    report: OverLengthReport = NOTHING_TOUCHED
+    shard_starts: GroupedParts | ArrayParts | Sequence[Int64] | Int64 | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is not None and len(self.ids) != int(self.starts[-1]):
+            fail(
+                "SequencePools",
+                f"there are {len(self.ids)} ids, but starts end at {self.starts[-1]}",
+                "pass the ids of all lengths, and starts from their counts",
+            )
+        if self.shard_starts is not None:
+            shards = self.shard_starts
+            shards = shards if isinstance(shards, GroupedParts) else GroupedParts(shards)
+            object.__setattr__(self, "shard_starts", shards)
+            self._check_shards(shards)
+
+    def _check_shards(self, shards: GroupedParts) -> None:
+        sizes = shards.sizes
+        if not isinstance(self.ids, ArrayParts) or not np.array_equal(
+            np.diff(self.ids.starts), sizes
+        ):
+            fail(
+                "SequencePools",
+                f"ids are not {len(sizes)} parts of the sizes that shard_starts end at",
+                "pass ids=ArrayParts([the ids of each shard, ...])",
+            )
+        # Equal to those of the shards, or coarser: a sequence may be planned as a longer one.
+        fine = shards.starts
+        coarse = np.asarray(self.starts)
+        limit = fine[np.minimum(np.arange(len(coarse)), len(fine) - 1)]
+        known = fine[np.minimum(np.searchsorted(fine, coarse), len(fine) - 1)]
+        if (coarse > limit).any() or (coarse != known).any():
+            length = max(0, int(((coarse > limit) | (coarse != known)).argmax()) - 1)
+            problem = f"starts do not count the ids of length {length} as shard_starts do"
+            fail("SequencePools", problem, "pass starts from the counts of all shards")
 
     @classmethod
     def identity(cls, counts: ArrayLike | Mapping[int, int]) -> SequencePools:
         """Pools of sequences that are numbered by increasing length.  Time: O(max_len)."""
         return cls(None, offsets_of(as_counts("SequencePools.identity", counts)))
+
+    @classmethod
+    def from_mapping(cls, pools: Mapping[int, ArrayLike]) -> SequencePools:
+        """Make pools of `{length: ids}`, the form that the seed library uses, in any order.
+
+        Memory maps stay so; other arrays are copied.
+
+        Raises:
+            SeqpackError: a length is below 1 or no integer, or ids are not integers.
+
+        Example:
+            >>> pools = SequencePools.from_mapping({7: [0], 3: [6, 7, 8]})
+            >>> pools.counts.tolist(), pools.lookup([3, 7], [1, 0]).tolist()
+            ([0, 0, 0, 3, 0, 0, 0, 1], [7, 0])
+        """
+        caller = "SequencePools.from_mapping"
+        if not isinstance(pools, Mapping):
+            fail(caller, f"pools is a {type(pools).__name__}", "pass {length: ids}")
+        keys = check_lengths(caller, list(pools), name="pools (keys)")
+        parts = {
+            length: check_integers(caller, f"pools[{length}]", ids)
+            for length, ids in zip(keys.tolist(), pools.values(), strict=True)
+        }
+        lengths = sorted(parts)
+        counts = np.zeros(max(lengths, default=0) + 1, np.int64)
+        counts[lengths] = [len(parts[length]) for length in lengths]
+        ids: NDArray[Any] | ArrayParts = ArrayParts([parts[length] for length in lengths])
+        if not any(isinstance(to_portable(part), MappedArray) for part in parts.values()):
+            ids = ids[:]
+        return cls(ids, offsets_of(counts))
+
+    @classmethod
+    def from_shards(
+        cls, pools: Sequence[SequencePools], *, bases: ArrayLike | None = None
+    ) -> SequencePools:
+        """Make one of the pools of several shards; they are neither merged nor copied.
+
+        Of each length, the sequences come shard after shard, and then the pieces of split
+        sequences, which are numbered anew.  So shards of consecutive sequences give the pools of
+        the whole data set.
+
+        Time: O(shards * max_len); O(n) if sequences were split, whose shards are copied.
+
+        Args:
+            pools: of one `over_length` policy each.
+            bases: integers `[number of shards]`, added to the ids of each shard; None for ids that
+                are different in all shards already.
+
+        Raises:
+            SeqpackError: the shards differ in their policy.
+
+        Example:
+            >>> first, last = (length_histogram_from_lengths(n)[1] for n in ([7, 5], [5, 3, 5]))
+            >>> pools = SequencePools.from_shards([first, last], bases=[0, 2])
+            >>> pools[5].tolist(), pools.lookup(5, 2).tolist()
+            ([1, 2, 4], 4)
+        """
+        caller = "SequencePools.from_shards"
+        base = check_integers(caller, "bases", [0] * len(pools) if bases is None else bases)
+        if len(base) != len(pools):
+            problem = f"there are {len(pools)} shards, but {len(base)} bases"
+            fail(caller, problem, "pass one base per shard")
+        return cls(**_join(caller, pools, base.tolist()))
 
     @property
     def counts(self) -> Int64:
@@ -91,28 +196,26 @@ class SequencePools:
         """How many ids there are, over all lengths."""
         return int(self.starts[-1])
 
-    def __post_init__(self) -> None:
-        if self.ids is not None and len(self.ids) != int(self.starts[-1]):
-            fail(
-                "SequencePools",
-                f"there are {len(self.ids)} ids, but starts end at {self.starts[-1]}",
-                "pass the ids of all lengths, and starts from their counts",
-            )
-
     def __getitem__(self, length: int) -> NDArray[Any]:
-        """Return the ids of all sequences of one length: a view."""
+        """Return the ids of all sequences of one length: a view, where `ids` is one array."""
         length = check_int("SequencePools", "length", length)
         if not 0 <= length < len(self.starts) - 1:
             return np.zeros(0, np.int64)
         start, stop = self.starts[length : length + 2].tolist()
-        return np.arange(start, stop) if self.ids is None else self.ids[start:stop]
+        if self.ids is None or self.shard_starts is not None:
+            return self.lookup(length, np.arange(stop - start))
+        return self.ids[start:stop]
 
     def lookup(self, length: ArrayLike, rank: ArrayLike) -> Int64:
         """Return the ids at `rank` of the pools of `length`; both broadcast.
 
-        Ranks are not checked: they are in `[0, counts[length])`.  Time: O(result).
+        Ranks are not checked: they are in `[0, counts[length])`.
+
+        Time: O(result), times the logarithm of `shards * max_len` for pools in shards.
         """
         place = self.starts[np.asarray(length)] + np.asarray(rank)
+        if isinstance(self.shard_starts, GroupedParts):
+            place = self.shard_starts.places(place)
         return place if self.ids is None else np.asarray(self.ids[place], np.int64)
 
     def coarsen(self, tolerance: int, max_seq_len: int) -> SequencePools:
@@ -125,115 +228,105 @@ class SequencePools:
         if tolerance == 1:
             return self
         counts = coarsen_counts(self.counts, tolerance, max_seq_len)
-        return SequencePools(self.ids, offsets_of(counts), self.pieces)
+        return replace(self, starts=offsets_of(counts))
 
     def __getstate__(self) -> dict[str, Any]:
-        ids = None if self.ids is None else to_portable(self.ids)
-        pieces = None
-        if self.pieces is not None:
-            pieces = self.pieces._replace(**_each_array(to_portable, self.pieces))
-        return {"ids": ids, "starts": to_portable(self.starts), "pieces": pieces}
+        """Store maps by path, and what the shards tell not at all."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.ids, np.ndarray):
+            state["ids"] = to_portable(self.ids)
+        state["starts"] = to_portable(self.starts)
+        shards = self.shard_starts
+        if isinstance(shards, GroupedParts) and np.array_equal(self.starts, shards.starts):
+            state["starts"] = None
+        elif not isinstance(state["starts"], MappedArray):
+            state["starts"] = zlib.compress(narrow(self.counts).astype("<i8").tobytes())
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        ids, pieces = state["ids"], state["pieces"]
-        if pieces is not None:
-            pieces = pieces._replace(**_each_array(from_portable, pieces))
-        object.__setattr__(self, "ids", None if ids is None else from_portable(ids))
-        object.__setattr__(self, "starts", from_portable(state["starts"]))
-        object.__setattr__(self, "pieces", pieces)
+        ids, starts = state["ids"], state["starts"]
+        if starts is None:
+            starts = state["shard_starts"].starts
+        elif isinstance(starts, bytes):
+            starts = offsets_of(np.frombuffer(zlib.decompress(starts), "<i8"))
+        state |= {"ids": from_portable(ids), "starts": from_portable(starts)}
+        self.__dict__.update(state)
 
 
-def _each_array(function: Callable[[Any], Any], pieces: Pieces) -> dict[str, Any]:
-    return {name: function(getattr(pieces, name)) for name in ("source_id", "start", "stop")}
+class _Shard(NamedTuple):
+    """Ids, less `base`, that are grouped by length from `starts`."""
+
+    ids: NDArray[Any]
+    base: int
+    starts: Int64
+
+    def part(self, mask: NDArray[np.bool_], base: int) -> _Shard:
+        return _Shard(self.ids[mask], base, offsets_of(mask)[self.starts])
 
 
-def as_counts(
-    caller: str, counts: ArrayLike | Mapping[int, int], max_seq_len: int | None = None
-) -> Int64:
-    """Return a histogram in its canonical form, int64 `[max_len + 1]`, after checking it.
+def _shards_of(pools: SequencePools) -> list[_Shard]:
+    if isinstance(pools.ids, ArrayParts) and isinstance(pools.shard_starts, GroupedParts):
+        columns = pools.ids.parts, pools.ids.bases.tolist(), pools.shard_starts.parts.parts
+        return [_Shard(*row) for row in zip(*columns, strict=True)]
+    ids = np.arange(pools.num_sequences) if pools.ids is None else pools.ids
+    return [_Shard(ids[:] if isinstance(ids, ArrayParts) else ids, 0, pools.starts)]
 
-    Args:
-        caller: the public function that an error shall name.
-        counts: how many sequences have each length, indexed by length, or `{length: count}`.
-        max_seq_len: the largest length that may have a count, in tokens.
 
-    Raises:
-        SeqpackError: a count is negative or not an integer, or a length is not in
-            `[1, max_seq_len]`.
+def _join(caller: str, pools: Sequence[SequencePools], base: list[int]) -> dict[str, Any]:
+    """Return the fields of the pools of several shards.
+
+    Pieces become shards of their own, since inside a length they come after all whole sequences.
     """
-    if isinstance(counts, Mapping):
-        keys = check_integers(caller, "counts (keys)", list(counts.keys()))
-        values = check_integers(caller, "counts (values)", list(counts.values()))
-        if keys.size and (low := int(keys.min())) < 0:
-            fail(caller, f"counts has the length {low}", "a length is at least 1 token")
-        if max_seq_len is not None and keys.size and int(keys.max()) > max_seq_len:
-            _fail_over(caller, int(keys.max()), counts[int(keys.max())], max_seq_len)
-        if keys.size and int(keys.max()) > MAX_LENGTH:
-            _fail_over(caller, int(keys.max()), counts[int(keys.max())], MAX_LENGTH)
-        given = np.zeros(int(keys.max(initial=0)) + 1, values.dtype)
-        given[keys] = values
-    else:
-        given = check_integers(caller, "counts", counts)
-        given = given if given.size else np.zeros(1, np.int64)
-    if int(given.min()) < 0:
-        length = int((given < 0).argmax())
-        fail(caller, f"counts[{length}] = {given[length]}", "a count is at least 0")
-    # In floats, which cannot wrap.
-    tokens = float(np.arange(len(given), dtype=float) @ given.astype(float))
-    if max(tokens, float(given.max())) >= MAX_TOTAL:
-        fail(
-            caller,
-            f"counts are of {tokens:.3g} tokens, beyond the limit of 2**62",
-            "check what computes counts",
-        )
-    array = given.astype(np.int64, copy=False)
-    if array[0]:
-        fail(
-            caller,
-            f"counts[0] = {array[0]}, but a length is at least 1 token",
-            "remove empty sequences before planning",
-        )
-    if max_seq_len is not None and array[max_seq_len + 1 :].any():
-        length = int(np.flatnonzero(array)[-1])
-        _fail_over(caller, length, int(array[length]), max_seq_len)
-    return array
+    policy = pools[0].over_length if pools else REFUSE
+    report = OverLengthReport(policy.action)
+    starts = np.zeros(max((len(each.starts) for each in pools), default=2), np.int64)
+    for each in pools:
+        if each.over_length != policy:
+            problem = f"the shards follow {policy} and {each.over_length}"
+            fail(caller, problem, "prepare all shards with one over_length")
+        report = report.plus(each.report)
+        starts += np.pad(each.starts, (0, len(starts) - len(each.starts)), mode="edge")
+    first_id = 0
+    if any(each.pieces for each in pools):
+        first_id = max(_end_of_ids(each) + own for each, own in zip(pools, base, strict=True))
+    whole: list[_Shard] = []
+    cut: list[_Shard] = []
+    tables: list[Int64] = []
+    for each, own in zip(pools, base, strict=True):
+        if each.pieces is None:
+            whole += [shard._replace(base=shard.base + own) for shard in _shards_of(each)]
+            continue
+        shift = first_id - each.pieces.first_id + sum(map(len, tables))
+        for shard in _shards_of(each):
+            is_piece = shard.ids >= each.pieces.first_id - shard.base
+            whole.append(shard.part(~is_piece, shard.base + own))
+            cut.append(shard.part(is_piece, shard.base + shift))
+        tables.append(each.pieces.table[:] + np.array([own, 0, 0, 0]))
+    shards = whole + cut
+    return {
+        "ids": ArrayParts([shard.ids for shard in shards], [shard.base for shard in shards]),
+        "starts": starts,
+        "pieces": Pieces(first_id, np.concatenate(tables)) if tables else None,
+        "over_length": policy,
+        "report": report,
+        "shard_starts": [shard.starts for shard in shards],
+    }
 
 
-def _fail_over(caller: str, length: int, count: int, max_seq_len: int) -> None:
-    fail(
-        caller,
-        f"counts[{length}] = {count}, but max_seq_len is {max_seq_len}",
-        "split or drop over-length sequences first, or raise max_seq_len",
-    )
-
-
-def coarsen_lengths(lengths: ArrayLike, tolerance: int, max_seq_len: int) -> Int64:
-    """Return what lengths are planned as: the next multiple of `tolerance`, or `max_seq_len`.
-
-    A tolerance above 1 lets sequences of nearly equal length take each other's slots, so that
-    epochs mix more, for some padding.  Any member of a bucket fits any slot of the bucket.
-
-    Example:
-        >>> coarsen_lengths([1, 4, 5, 9, 10], tolerance=4, max_seq_len=10).tolist()
-        [4, 4, 8, 10, 10]
-    """
-    tolerance = min(tolerance, max_seq_len)
-    planned = -(-np.asarray(lengths, np.int64) // tolerance) * tolerance
-    return np.minimum(planned, max_seq_len)
-
-
-def coarsen_counts(counts: Int64, tolerance: int, max_seq_len: int) -> Int64:
-    """Return the histogram of the planned lengths.  Time: O(max_len)."""
-    if tolerance == 1:
-        return counts
-    planned = coarsen_lengths(np.arange(len(counts)), tolerance, max_seq_len)
-    coarse = np.zeros(int(planned[-1]) + 1, np.int64)
-    np.add.at(coarse, planned, counts)
-    return coarse
+def _end_of_ids(pools: SequencePools) -> int:
+    """Return an id above those of all whole sequences."""
+    if pools.pieces is not None:
+        return pools.pieces.first_id
+    ids = np.arange(pools.num_sequences) if pools.ids is None else pools.ids[:]
+    return int(ids.max(initial=-1)) + 1
 
 
 def length_histogram_from_lengths(
-    lengths: ArrayLike, max_seq_len: int | None = None, *, over_length: str = "error"
+    lengths: ArrayLike,
+    max_seq_len: int | None = None,
+    *,
+    over_length: str | OverLength = "error",
+    extra_tokens: int = 0,
 ) -> tuple[Int64, SequencePools]:
     """Count the sequences of each length and group their ids by length.
 
@@ -244,9 +337,12 @@ def length_histogram_from_lengths(
     Args:
         lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.
         max_seq_len: the capacity of a row in tokens; None for no limit.
-        over_length: `"error"` refuses lengths over `max_seq_len`; `"split"` cuts such sequences
-            into pieces of `max_seq_len` tokens and a remainder.  Pieces get ids from `n` on, and
-            `pools.pieces` says where they come from.
+        over_length: what to do with lengths over `max_seq_len`, the name of an action or an
+            `OverLength`: `"error"`, `"drop"`, `"truncate"`, `"truncate_left"`, `"crop"` or
+            `"split"`.  Pieces of split sequences get ids from `n` on, and `pools.pieces` says
+            where they come from; `pools.report` counts what was touched.
+        extra_tokens: added to every length first, for BOS, EOS or CLS tokens that are fed but not
+            counted in `lengths`.
 
     Returns:
         `counts`, int64 `[max_len + 1]`, and the `SequencePools`.
@@ -263,30 +359,17 @@ def length_histogram_from_lengths(
         ([4, 0, 2, 3], [0, 4, 8])
     """
     caller = "length_histogram_from_lengths"
-    check_choice(caller, "over_length", over_length, ("error", "split"))
     if max_seq_len is not None:
         max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
-    limit = max_seq_len if over_length == "error" else None
-    array = check_lengths(caller, lengths, limit).astype(np.int64, copy=False)
-    if max_seq_len is None or array.size == 0 or int(array.max()) <= max_seq_len:
-        return _group(array, None)
-    pieces = _split(array, max_seq_len)
-    # An over-length sequence is no sequence any more: length 0 keeps its id out of the pools.
-    whole = np.where(array > max_seq_len, 0, array)
-    return _group(np.concatenate([whole, pieces.stop - pieces.start]), pieces)
+    extra_tokens = check_int(caller, "extra_tokens", extra_tokens, 0, MAX_LENGTH)
+    policy = as_policy(caller, over_length)
+    planned = apply_to_lengths(caller, policy, lengths, max_seq_len, extra_tokens=extra_tokens)
+    counts, ids = group_ids(planned.of_ids)
+    return counts, SequencePools(ids, offsets_of(counts), planned.pieces, policy, planned.report)
 
 
-def _split(lengths: Int64, max_seq_len: int) -> Pieces:
-    over = np.flatnonzero(lengths > max_seq_len)
-    num_pieces = -(-lengths[over] // max_seq_len)
-    first = np.cumsum(num_pieces) - num_pieces
-    source_id = np.repeat(over, num_pieces)
-    start = (np.arange(len(source_id)) - np.repeat(first, num_pieces)) * max_seq_len
-    stop = np.minimum(start + max_seq_len, lengths[source_id])
-    return Pieces(len(lengths), source_id, start, stop)
-
-
-def _group(lengths: Int64, pieces: Pieces | None) -> tuple[Int64, SequencePools]:
+def group_ids(lengths: Int64) -> tuple[Int64, Int64]:
+    """Return the histogram of lengths, and their indices grouped by length; 0 leaves one out."""
     counts = np.bincount(lengths, minlength=1)
     keys = lengths
     if len(counts) > 1 << 16:  # rank the distinct lengths, to sort by 16 bits all the same
@@ -295,4 +378,4 @@ def _group(lengths: Int64, pieces: Pieces | None) -> tuple[Int64, SequencePools]
         keys = keys.astype(np.uint16)  # NumPy's stable sort of 16 bits is a radix sort
     ids = np.argsort(keys, kind="stable")[counts[0] :]
     counts[0] = 0
-    return counts, SequencePools(ids, offsets_of(counts), pieces)
+    return counts, ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import ArrayLike
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths
 from seqpack_jax.permutation import permute, seed_from_components
+from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.bounds import volume_bound
+from seqpack_jax.planning.counts import Int64, as_counts, coarsen_counts, coarsen_lengths
 from seqpack_jax.planning.heuristics import (
     Templates,
     best_fit_decreasing,
@@ -19,15 +22,16 @@ from seqpack_jax.planning.heuristics import (
     next_fit_offsets,
     worst_fit_decreasing,
 )
-from seqpack_jax.planning.histogram import (
-    Int64,
-    SequencePools,
-    as_counts,
-    coarsen_counts,
-    coarsen_lengths,
-    length_histogram_from_lengths,
+from seqpack_jax.planning.histogram import group_ids
+from seqpack_jax.planning.over_length import (
+    REFUSE,
+    OverLength,
+    PlannedLengths,
+    apply_to_counts,
+    apply_to_lengths,
+    as_policy,
 )
-from seqpack_jax.planning.plan import Bins, Certificate, PackingPlan
+from seqpack_jax.planning.plan import Certificate, PackingPlan
 
 __all__ = [
     "ALGORITHMS",
@@ -36,6 +40,7 @@ __all__ = [
     "pack_length_histogram",
     "pack_length_histogram_batched",
     "pack_sequences",
+    "sort_indices_by_length",
 ]
 
 ALGORITHMS: dict[str, Callable[[Int64, int, int | None], Templates]] = {
@@ -52,6 +57,7 @@ def pack_length_histogram(
     algorithm: str = "best_fit_decreasing",
     max_segments: int | None = None,
     tolerance: int = 1,
+    over_length: str | OverLength = "error",
 ) -> PackingPlan:
     """Plan which lengths share a bin, from how many sequences have each length.
 
@@ -67,14 +73,18 @@ def pack_length_histogram(
             `"first_fit_decreasing"` (as dense), or `"worst_fit_decreasing"` (even fills).
         max_segments: the most sequences that a bin may hold, None for no cap.
         tolerance: plan each length as the next multiple of this many tokens, so that sequences of
-            nearly equal length mix between epochs; 1 mixes equal lengths only.
+            nearly equal length mix between epochs; 1 mixes equal lengths only.  What it costs is
+            `plan.tolerance_rows`, for which the histogram is planned a second time.
+        over_length: what to do with lengths over `max_seq_len`: the name of an action or an
+            `OverLength`, as in `length_histogram_from_lengths`, whose counts need none here.
 
     Returns:
-        A `PackingPlan`.  The same arguments give the same plan on any machine.
+        A `PackingPlan`.  The same arguments give the same plan on any machine.  The lower bound of
+        its certificate is that of the lengths as they are without a tolerance.
 
     Raises:
-        SeqpackError: a length is over `max_seq_len`, a count is negative, or an argument is out of
-            range.
+        SeqpackError: a length is over `max_seq_len` without a policy, a count is negative, or an
+            argument is out of range.
 
     Example:
         >>> plan = pack_length_histogram({512: 1_000_000_000}, max_seq_len=2048)
@@ -86,15 +96,21 @@ def pack_length_histogram(
     caller = "pack_length_histogram"
     check_choice(caller, "algorithm", algorithm, tuple(ALGORITHMS))
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
-    array = as_counts(caller, counts, max_seq_len)
     tolerance = check_int(caller, "tolerance", tolerance, 1)
+    policy = as_policy(caller, over_length)
+    array = as_counts(caller, counts, max_seq_len if policy == REFUSE else None)
+    array = as_counts(caller, apply_to_counts(caller, policy, array, max_seq_len)[0], max_seq_len)
     planned = coarsen_counts(array, tolerance, max_seq_len)
     templates = ALGORITHMS[algorithm](planned, max_seq_len, max_segments)
     bins = int(templates.multiplicity.sum())
+    more = 0
+    if tolerance > 1:
+        finest = ALGORITHMS[algorithm](array, max_seq_len, max_segments)
+        more = bins - int(finest.multiplicity.sum())
     bound = volume_bound(array, max_seq_len, max_segments=max_segments)
     tokens = int(array @ np.arange(len(array)))
     certificate = Certificate(bins, bound, "volume", bins == bound)
-    return PackingPlan(max_seq_len, *templates, tokens, tolerance, certificate)
+    return PackingPlan(max_seq_len, *templates, tokens, tolerance, certificate, more)
 
 
 # The seed library has two functions whose results differ; here both names mean the exact one.
@@ -109,6 +125,7 @@ def pack_sequences(
     max_segments: int | None = None,
     tolerance: int = 1,
     seed: int | None = None,
+    over_length: str | OverLength = "error",
 ) -> Bins:
     """Pack sequences into bins of `max_seq_len` tokens: which sequences share a row.
 
@@ -126,36 +143,46 @@ def pack_sequences(
         tolerance: as in `pack_length_histogram`; without effect on `"next_fit"`.
         seed: shuffles which sequences of equal (or equally planned) length go where; None keeps
             them in input order.  Without effect on `"next_fit"`.
+        over_length: what to do with lengths over `max_seq_len`: the name of an action or an
+            `OverLength`, as in `length_histogram_from_lengths`.  Pieces of split sequences get
+            ids from `n` on, see `bins.pieces`; `bins.report` counts what was touched.
 
     Returns:
         `Bins`, the ids inside a bin by falling length.
 
     Raises:
-        SeqpackError: a length is below 1 or over `max_seq_len`, or an argument is out of range.
+        SeqpackError: a length is below 1, or over `max_seq_len` without a policy, or an argument is
+            out of range.
 
     Example:
         >>> pack_sequences([128, 64, 32, 16, 200, 80, 50], max_seq_len=256).tolist()
         [[4, 6], [0, 5, 2, 3], [1]]
         >>> pack_sequences([5, 4, 3, 6], max_seq_len=10, algorithm="next_fit").tolist()
         [[0, 1], [2, 3]]
+        >>> bins = pack_sequences([3, 9], max_seq_len=4, over_length="split")
+        >>> bins.tolist(), bins.pieces.start.tolist(), bins.pieces.stop.tolist()
+        ([[2], [3], [0, 4]], [0, 4, 8], [4, 8, 9])
     """
     caller = "pack_sequences"
     check_choice(caller, "algorithm", algorithm, (*ALGORITHMS, "next_fit"))
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
     tolerance = check_int(caller, "tolerance", tolerance, 1)
     seed = None if seed is None else check_int(caller, "seed", seed)
-    array = check_lengths(caller, lengths, max_seq_len)
+    policy = as_policy(caller, over_length)
+    planned = apply_to_lengths(caller, policy, lengths, max_seq_len)
+    own = planned.of_ids
     if algorithm == "next_fit":
-        offsets = next_fit_offsets(array.astype(np.int64), max_seq_len, max_segments)
-        return Bins(np.arange(len(array)), offsets, max_seq_len)
-    counts, pools = length_histogram_from_lengths(array)
-    plan = pack_length_histogram(
-        counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
-    )
-    if tolerance > 1:  # keep input order inside a bucket, as inside a length
-        planned = coarsen_lengths(array, tolerance, max_seq_len)
-        pools = length_histogram_from_lengths(planned)[1]
-    return _assign(plan, pools.ids if seed is None else _shuffled(pools, seed))
+        ids = _in_input_order(planned)
+        bins = Bins(ids, next_fit_offsets(own[ids], max_seq_len, max_segments), max_seq_len)
+    else:
+        counts, ids = group_ids(own)
+        plan = pack_length_histogram(
+            counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
+        )
+        if tolerance > 1:  # keep input order inside a bucket, as inside a length
+            counts, ids = group_ids(coarsen_lengths(own, tolerance, max_seq_len))
+        bins = _assign(plan, ids if seed is None else _shuffled(counts, ids, seed))
+    return replace(bins, pieces=planned.pieces, over_length=policy, report=planned.report)
 
 
 def greedy_pack_sequences(
@@ -184,6 +211,47 @@ def heap_pack_sequences(
     return pack_sequences(
         lengths, max_seq_len, algorithm="worst_fit_decreasing", tolerance=tolerance, seed=seed
     )
+
+
+def sort_indices_by_length(
+    lengths: ArrayLike, tolerance: int = 1, seed: int | None = None
+) -> Int64:
+    """Return the indices of sequences by falling length: the order in which packers take them.
+
+    The same on every machine: without a seed, equal lengths keep their input order.
+
+    Time: O(n + longest length), one radix sort.
+
+    Args:
+        lengths: integers `[n]`, in tokens.
+        tolerance: lengths count as the next multiple of this many tokens.
+        seed: shuffles the indices of sequences of equal (or equally planned) length; None keeps
+            them in input order.
+
+    Returns:
+        int64 `[n]`, a permutation of the indices.
+
+    Raises:
+        SeqpackError: a length is not an integer or below 1, or `tolerance` is.
+
+    Example:
+        >>> sort_indices_by_length([128, 64, 32, 16, 200, 80, 50]).tolist()
+        [4, 0, 5, 1, 6, 2, 3]
+        >>> sort_indices_by_length([5, 6, 9, 7, 8], tolerance=4).tolist()
+        [2, 0, 1, 3, 4]
+    """
+    caller = "sort_indices_by_length"
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
+    seed = None if seed is None else check_int(caller, "seed", seed)
+    array = check_lengths(caller, lengths)
+    counts, ids = group_ids(coarsen_lengths(array, tolerance, int(array.max(initial=1))))
+    if seed is not None:
+        ids = _shuffled(counts, ids, seed)
+    # Turn the groups around, but not what is inside them.
+    ends = np.cumsum(counts)
+    falling = np.empty_like(ids)
+    falling[np.arange(len(ids)) + np.repeat(len(ids) - 2 * ends + counts, counts)] = ids
+    return falling
 
 
 def _check_limits(
@@ -219,10 +287,21 @@ def _assign(plan: PackingPlan, ids: Any) -> Bins:
     return Bins(assigned, offsets, plan.max_seq_len)
 
 
-def _shuffled(pools: SequencePools, seed: int) -> Int64:
-    """The ids by length, shuffled inside each length."""
-    counts = pools.counts
+def _shuffled(counts: Int64, ids: Int64, seed: int) -> Int64:
+    """Shuffle ids, which are grouped by length, inside each length."""
     length = np.repeat(np.arange(len(counts)), counts)
-    rank = np.arange(pools.num_sequences) - pools.starts[length]
+    start = np.repeat(np.cumsum(counts) - counts, counts)
     seeds = np.uint64(seed_from_components(seed)) + length.astype(np.uint64)
-    return pools.lookup(length, permute(rank, counts[length], seeds))
+    rank = permute(np.arange(len(ids)) - start, counts[length], seeds)
+    return ids[start + rank]
+
+
+def _in_input_order(planned: PlannedLengths) -> Int64:
+    """Return the ids of all that is packed, pieces in the place of their sequence."""
+    own = planned.of_ids
+    order = np.arange(len(own))
+    if planned.pieces is not None:
+        source = order.copy()
+        source[len(planned.lengths) :] = planned.pieces.source_id
+        order = np.argsort(source, kind="stable")
+    return order[own[order] > 0]

@@ -1,4 +1,4 @@
-"""What a packer returns: a `PackingPlan` over lengths, or the `Bins` of ids made from it."""
+"""`PackingPlan`: which lengths share a bin, and its `Certificate`."""
 
 from __future__ import annotations
 
@@ -6,29 +6,39 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import MappedArray, from_portable, offsets_of, part_sums, to_portable
+from seqpack_jax.arrays import (
+    MappedArray,
+    from_portable,
+    map_npz,
+    narrow,
+    offsets_of,
+    part_sums,
+    save_npz,
+    to_portable,
+)
 from seqpack_jax.errors import (
     MAX_LENGTH,
     MAX_TOTAL,
     check_int,
     check_integers,
     check_lengths,
+    check_offsets,
     fail,
 )
-from seqpack_jax.planning.histogram import Int64, as_counts, coarsen_counts
+from seqpack_jax.planning.counts import Int64, as_counts, coarsen_counts
 
-__all__ = ["Bins", "Certificate", "PackingPlan"]
+__all__ = ["Certificate", "PackingPlan"]
 
 # What NumPy and zipfile raise for files that are not what they should be.
 _DAMAGE = (KeyError, TypeError, ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error)
@@ -77,6 +87,7 @@ class PackingPlan:
         num_tokens: tokens in all sequences; below the sum of the templates if `tolerance > 1`.
         tolerance: sequences were planned as the next multiple of this many tokens.
         certificate: what is known of the fewest bins possible, if anything.
+        tolerance_rows: how many bins fewer a plan with a tolerance of 1 would have.
 
     Example:
         >>> from seqpack_jax import pack_length_histogram
@@ -94,13 +105,14 @@ class PackingPlan:
     num_tokens: int
     tolerance: int = 1
     certificate: Certificate | None = None
+    tolerance_rows: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived, and store the arrays as narrow as they are."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(to_portable(self.lengths), MappedArray):
             return state | {name: to_portable(state[name]) for name in _ARRAYS}
-        return state | {name: _narrow(state[name]) for name in _ARRAYS}
+        return state | {name: narrow(state[name]) for name in _ARRAYS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, dtype in _ARRAYS.items():
@@ -194,7 +206,7 @@ class PackingPlan:
         check_int(caller, "tolerance", self.tolerance, 1)
         for name in _ARRAYS:
             check_integers(caller, name, getattr(self, name))
-        _check_offsets(caller, self.offsets, len(self.lengths), len(self.multiplicity))
+        check_offsets(caller, self.offsets, len(self.lengths), len(self.multiplicity), hint)
         if len(self.multiplicity) and int(self.multiplicity.min()) < 1:
             i = int(self.multiplicity.argmin())
             fail(caller, f"multiplicity[{i}] = {self.multiplicity[i]}, below 1", hint)
@@ -214,9 +226,14 @@ class PackingPlan:
         held = int(self.fills @ self.multiplicity)
         if self.num_tokens > held or (self.tolerance == 1 and self.num_tokens != held):
             fail(caller, f"num_tokens = {self.num_tokens}, the templates hold {held}", hint)
+        rows = check_int(caller, "tolerance_rows", self.tolerance_rows)
+        if rows > self.num_bins or (rows and self.tolerance == 1):
+            problem = f"tolerance_rows = {rows}, at tolerance {self.tolerance}"
+            fail(caller, f"{problem} and {self.num_bins} bins", hint)
 
     def _check_counts(self, caller: str, given: ArrayLike | Mapping[int, int]) -> None:
-        counts = as_counts(caller, given, self.max_seq_len)
+        hint = "make the plan from the counts of these very sequences"
+        counts = as_counts(caller, given, self.max_seq_len, hint=hint)
         tokens = int(counts @ np.arange(len(counts)))
         coarse = coarsen_counts(counts, self.tolerance, self.max_seq_len)
         slots = self.counts
@@ -230,13 +247,13 @@ class PackingPlan:
                 caller,
                 f"the plan has {have + int(difference[length])} slots of length {length} for "
                 f"{have} sequences ({int(np.count_nonzero(difference))} lengths differ)",
-                "make the plan from the counts of these very sequences",
+                hint,
             )
         if tokens != self.num_tokens:
             fail(
                 caller,
                 f"the plan is for {self.num_tokens} tokens, the counts have {tokens}",
-                "make the plan from the counts of these very sequences",
+                hint,
             )
 
     def to_counter(self) -> Counter[tuple[int, ...]]:
@@ -249,6 +266,8 @@ class PackingPlan:
     def from_counter(cls, counter: Mapping[tuple[int, ...], int], max_seq_len: int) -> PackingPlan:
         """Make a plan of `{template: multiplicity}`; lengths may be in any order.
 
+        Templates are taken in falling order, so equal counters make equal plans.
+
         Raises:
             SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.
         """
@@ -258,10 +277,13 @@ class PackingPlan:
         for template, count in counter.items():
             if not isinstance(template, tuple):
                 fail(caller, f"{template!r} is not a template", "pass {(length, ...): bins}")
-            merged[tuple(sorted(template, reverse=True))] += count
+            if count != 0:  # as arithmetic with counters leaves behind
+                merged[tuple(sorted(template, reverse=True))] += count
+        merged = Counter(dict(sorted(merged.items(), reverse=True)))
         sizes = np.array([len(template) for template in merged], np.int64)
         flat = [length for template in merged for length in template]
-        lengths = check_lengths(caller, flat, max_seq_len).astype(np.int32)
+        longer = "raise max_seq_len"
+        lengths = check_lengths(caller, flat, max_seq_len, hint=longer).astype(np.int32)
         offsets = offsets_of(sizes)
         multiplicity = check_integers(caller, "counter (values)", list(merged.values()))
         multiplicity = multiplicity.astype(np.int64)
@@ -274,7 +296,7 @@ class PackingPlan:
         """Write the plan to one `.npz` file, whole or not at all; equal plans give equal bytes."""
         target = Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-        head = [_FORMAT, self.max_seq_len, self.num_tokens, self.tolerance]
+        head = [_FORMAT, self.max_seq_len, self.num_tokens, self.tolerance, self.tolerance_rows]
         certificate = self.certificate or Certificate(self.num_bins, 0, "", proved_optimal=False)
         arrays: dict[str, Any] = {
             "head": np.array(head, np.int64),
@@ -285,13 +307,17 @@ class PackingPlan:
             "bound": np.array(certificate.lower_bound, np.int64),
             "method": np.array(certificate.method),
         }
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        save_npz(temporary, arrays)
         temporary.replace(target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PackingPlan:
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> PackingPlan:
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            mmap: map the arrays instead of copying them, so that processes on one host share them
+                and the plan is pickled by path.
 
         Raises:
             SeqpackError: the file is damaged, of another format, or not a plan at all.
@@ -299,16 +325,17 @@ class PackingPlan:
         caller, hint = "PackingPlan.load", "make the plan again"
         try:
             with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                saved = dict(file)
-            version, max_seq_len, tokens, tolerance = saved["head"].tolist()
-            plan = cls(
-                max_seq_len,
-                saved["lengths"].astype(np.int32, casting="equiv"),
-                saved["offsets"].astype(np.int64, casting="equiv"),
-                saved["multiplicity"].astype(np.int64, casting="equiv"),
-                tokens,
-                tolerance,
-            )
+                copied = [name for name in file.files if not (mmap and name in _ARRAYS)]
+                saved = {name: file[name] for name in copied}
+            if mmap:
+                saved |= map_npz(path, list(_ARRAYS))
+            version, *head = saved["head"].tolist()
+            arrays = {
+                name: saved[name].astype(dtype, casting="equiv", copy=False)
+                for name, dtype in _ARRAYS.items()
+            }
+            if version == _FORMAT:
+                max_seq_len, num_tokens, tolerance, tolerance_rows = head
             digest, bound = str(saved["digest"]), int(saved["bound"])
             method = str(saved["method"])
         except FileNotFoundError:
@@ -317,6 +344,13 @@ class PackingPlan:
             fail(caller, f"{path} is not a saved plan ({error})", hint)
         if version != _FORMAT:
             fail(caller, f"{path} has format {version}, not {_FORMAT}", hint)
+        plan = cls(
+            max_seq_len,
+            **arrays,
+            num_tokens=num_tokens,
+            tolerance=tolerance,
+            tolerance_rows=tolerance_rows,
+        )
         plan._check(caller)
         if plan.digest() != digest:
             fail(caller, f"{path} says digest {digest}, but has {plan.digest()}", hint)
@@ -326,91 +360,3 @@ class PackingPlan:
         if not -(-plan.num_tokens // plan.max_seq_len) <= bound <= bins:
             fail(caller, f"{path} has the lower bound {bound} for {bins} bins", hint)
         return replace(plan, certificate=Certificate(bins, bound, method, bins == bound))
-
-
-@dataclass(frozen=True, eq=False)
-class Bins:
-    """The ids of the sequences in each of a number of bins.
-
-    Attributes:
-        ids: int64 `[n]`.
-        offsets: int64 `[b + 1]`; bin `i` holds `ids[offsets[i]:offsets[i + 1]]`.
-        max_seq_len: capacity of a bin in tokens.
-
-    Example:
-        >>> bins = Bins(np.array([4, 1, 0]), np.array([0, 2, 3]), max_seq_len=8)
-        >>> len(bins), bins[0].tolist(), bins[1:].tolist()
-        (2, [4, 1], [[0]])
-    """
-
-    ids: Int64
-    offsets: Int64
-    max_seq_len: int
-
-    def __len__(self) -> int:
-        return max(0, len(self.offsets) - 1)
-
-    @overload
-    def __getitem__(self, index: int) -> Int64: ...
-    @overload
-    def __getitem__(self, index: slice) -> Bins: ...
-    def __getitem__(self, index: int | slice) -> Int64 | Bins:
-        """Return the ids of one bin (a view), or the `Bins` of a contiguous slice (views)."""
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                fail("Bins", f"the slice has step {step}", "take slices of step 1")
-            offsets = self.offsets[start : max(start, stop) + 1]
-            ids = self.ids[offsets[0] : offsets[-1]]
-            return Bins(ids, offsets - offsets[0], self.max_seq_len)
-        place = check_int("Bins", "index", index)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"bin {place} of {len(self)}")
-        place %= len(self)
-        return self.ids[self.offsets[place] : self.offsets[place + 1]]
-
-    def __iter__(self) -> Iterator[Int64]:
-        return (self.ids[a:b] for a, b in pairwise(self.offsets.tolist()))
-
-    def tolist(self) -> list[list[int]]:
-        """Return the bins as lists of ids, the form that the seed library returns."""
-        return [ids.tolist() for ids in self]
-
-    def check(self, lengths: ArrayLike) -> None:
-        """Raise `SeqpackError` unless each sequence is in exactly one bin and no bin overflows.
-
-        Args:
-            lengths: integers `[n]`, the length of every sequence, in tokens.
-
-        Time: O(n).
-        """
-        caller, hint = "Bins.check", "pack the sequences again"
-        array = check_lengths(caller, lengths, self.max_seq_len).astype(np.int64)
-        check_integers(caller, "ids", self.ids)
-        _check_offsets(caller, self.offsets, len(self.ids), len(self))
-        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < len(array):
-            fail(caller, f"an id is not in [0, {len(array)})", hint)
-        uses = np.bincount(self.ids, minlength=len(array))
-        if (uses != 1).any():
-            index = int((uses != 1).argmax())
-            more = int(np.count_nonzero(uses != 1))
-            fail(caller, f"sequence {index} is in {uses[index]} bins ({more} such sequences)", hint)
-        fills = part_sums(array[self.ids], self.offsets)
-        if len(fills) and int(fills.max()) > self.max_seq_len:
-            index = int(fills.argmax())
-            fail(caller, f"bin {index} holds {fills[index]} tokens of {self.max_seq_len}", hint)
-
-
-def _narrow(array: Int64) -> NDArray[Any]:
-    """Return the array in the narrowest unsigned dtype that holds it."""
-    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
-
-
-def _check_offsets(caller: str, offsets: Int64, size: int, count: int) -> None:
-    whole = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == size
-    if not whole or (offsets[1:] <= offsets[:-1]).any():
-        fail(
-            caller,
-            f"offsets do not cut {size} entries into {count} non-empty parts",
-            "make the plan again",
-        )
