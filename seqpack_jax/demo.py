@@ -33,8 +33,9 @@ from rich.table import Table
 
 from seqpack_jax.demo_model import Trainer, TrainingStep, compare_with_alone, training_steps
 from seqpack_jax.errors import fail
-from seqpack_jax.feeding.batch import FlatSequences, PackedBatch, unpack_batch
+from seqpack_jax.feeding.batch import PackedBatch, unpack_batch
 from seqpack_jax.feeding.pipeline import PackedSource, pack_dataset
+from seqpack_jax.feeding.sequences import FlatSequences
 from seqpack_jax.planning.histogram import length_histogram_from_lengths
 from seqpack_jax.planning.packers import pack_length_histogram, pack_sequences
 from seqpack_jax.planning.stats import PackingStats

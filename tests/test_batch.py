@@ -1,6 +1,6 @@
 """Sequences in, fixed shapes out, and back; what does not fit the plan is refused."""
 
-import pickle
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import packings, random_sequences
 
 import seqpack_jax as sp
+from seqpack_jax.feeding.batch import fill_rows, validate_batch
 
 
 def flat(sequences, dtype=np.int32):
@@ -113,43 +114,6 @@ def test_bad_calls():
         sp.pack_batch(bins, flat(sequences[:2]), 8, lengths=[3, 2, 8])
 
 
-def test_flat_sequences_check_their_ends():
-    with pytest.raises(sp.SeqpackError, match="offsets run from 0 to 6, but there are 5 tokens"):
-        sp.FlatSequences(np.arange(5), np.array([0, 6]))
-    with pytest.raises(sp.SeqpackError, match="offsets run from 3 to 5"):
-        sp.FlatSequences(np.arange(5), np.cumsum([3, 2]))  # the leading 0 forgotten
-    with pytest.raises(sp.SeqpackError, match="offsets run from 0 to 4, but there are 5 tokens"):
-        sp.FlatSequences(np.arange(5), np.array([0, 4]))
-    with pytest.raises(sp.SeqpackError, match="offsets are empty"):
-        sp.FlatSequences(np.arange(5), np.array([], np.int64))
-    with pytest.raises(sp.SeqpackError, match="tokens has dtype float64"):
-        sp.FlatSequences(np.zeros(5), np.array([0, 5]))
-    sequences = sp.FlatSequences(np.arange(5), np.array([0, 2, 5]))
-    assert sequences.lengths.tolist() == [2, 3]
-    assert [each.tolist() for each in sequences] == [[0, 1], [2, 3, 4]]
-    for index in (2, -1):
-        with pytest.raises(IndexError, match="of 2"):
-            sequences[index]
-    with pytest.raises(sp.SeqpackError, match=r"index = 0.5 is not an integer"):
-        sequences[0.5]
-    many = sp.FlatSequences(np.arange(300), np.arange(301))
-    assert many[np.uint8(255)].tolist() == [255]
-
-
-def test_memory_mapped_sequences_travel_by_path(tmp_path):
-    np.save(tmp_path / "tokens.npy", np.arange(50_000, dtype=np.uint16))
-    np.save(tmp_path / "offsets.npy", np.arange(0, 50_001, 5))
-    tokens, offsets = (np.load(tmp_path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "offsets"))
-    sequences = sp.FlatSequences(tokens, offsets)
-    data = pickle.dumps(sequences)
-    assert len(data) < 1000
-    again = pickle.loads(data)
-    assert again[7].tolist() == [35, 36, 37, 38, 39]
-    bins = sp.pack_sequences(again.lengths[:6], 10)
-    batch = sp.pack_batch(bins, again, 10, lengths=again.lengths)
-    assert sorted(batch.tokens.reshape(-1).tolist()) == list(range(30))
-
-
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=15), capacity=st.integers(2, 12))
 def test_split_sequences_come_back_whole(lengths, capacity):
     sequences = random_sequences(lengths)
@@ -157,37 +121,15 @@ def test_split_sequences_come_back_whole(lengths, capacity):
     plan = sp.pack_length_histogram(counts, capacity)
     epoch = sp.materialize_epoch(plan, pools, seed=0)
     bins = epoch[0 : len(epoch)]
-    batch = sp.pack_batch(bins, flat(sequences), capacity, lengths=lengths, pieces=pools.pieces)
+    batch = sp.pack_batch(bins, flat(sequences), capacity, lengths=lengths)
     found = dict(zip(bins.ids.tolist(), map(list, sp.unpack_batch(batch)), strict=True))
     for index, sequence in enumerate(sequences):
-        if pools.pieces is None or lengths[index] <= capacity:
+        if lengths[index] <= capacity:
             assert found[index] == sequence.tolist()
         else:
             own = np.flatnonzero(pools.pieces.source_id == index)
-            parts = [found[pools.pieces.num_sequences + k] for k in own]
+            parts = [found[pools.pieces.first_id + k] for k in own]
             assert np.concatenate(parts).tolist() == sequence.tolist()
-
-
-@pytest.mark.parametrize("change", [-1, 1, 5])
-def test_a_split_sequence_of_another_length_is_refused(change):
-    counts, pools = sp.length_histogram_from_lengths([9, 2], 4, over_length="split")
-    epoch = sp.materialize_epoch(sp.pack_length_histogram(counts, 4), pools)
-    sequences = random_sequences([9 + change, 2])
-    for bin_index in range(len(epoch)):
-        bins = epoch[bin_index : bin_index + 1]
-        if (bins.ids >= 2).any():
-            with pytest.raises(sp.SeqpackError, match=f"{9 + change} tokens, but 9 were planned"):
-                sp.pack_batch(bins, sequences, 4, lengths=[9, 2], pieces=pools.pieces)
-
-
-def test_lengths_of_split_sequences_are_those_of_the_sources():
-    _, pools = sp.length_histogram_from_lengths([9, 2], 4, over_length="split")
-    bins = sp.Bins(np.array([1]), np.array([0, 1]), 4)
-    with pytest.raises(sp.SeqpackError, match="there are 3 lengths, but 2 sequences were split"):
-        sp.pack_batch(bins, [], 4, lengths=[9, 2, 4], pieces=pools.pieces)
-    far = sp.Bins(np.array([77]), np.array([0, 1]), 4)
-    with pytest.raises(sp.SeqpackError, match=r"ids are in \[0, 5\)"):
-        sp.pack_batch(far, [], 4, lengths=[9, 2], pieces=pools.pieces)
 
 
 def test_unpack_takes_items_of_a_pipeline():
@@ -207,3 +149,145 @@ def test_a_batch_is_a_pytree():
     assert type(doubled) is sp.PackedBatch
     assert doubled.tokens.tolist() == [[2, 4, 0]]
     assert set(batch.asdict()) == {"tokens", "segment_ids", "positions"}
+
+
+# --- validate_batch ---------------------------------------------------------------------------
+
+
+def first_wrong(segment_ids, positions, max_segments, continues):
+    """Token by token: `(row, token, what)` of the first thing that is wrong, else None."""
+
+    def wrong_segment(row, token):
+        held = segment_ids[row][token]
+        if token == 0:
+            return held not in (0, 1)
+        before = segment_ids[row][token - 1]
+        return held not in ((before, before + 1, 0) if before > 0 else (0,))
+
+    def wrong_position(row, token):
+        held, segment = positions[row][token], segment_ids[row][token]
+        if segment == 0:
+            return held != 0
+        if token and segment_ids[row][token - 1] == segment:
+            return held != positions[row][token - 1] + 1
+        return held < 0 if continues else held != 0
+
+    def too_many(row, token):
+        return max_segments is not None and segment_ids[row][token] > max_segments
+
+    places = [(row, token) for row, held in enumerate(segment_ids) for token in range(len(held))]
+    for what, check in [("segment", wrong_segment), ("most", too_many), ("place", wrong_position)]:
+        found = [place for place in places if check(*place)]
+        if found:
+            return *found[0], what, len({row for row, _ in found}) - 1
+    return None
+
+
+@given(
+    packing=packings(max_size=20, max_capacity=16),
+    continues=st.booleans(),
+    start=st.integers(0, 5) | st.just(2**31 - 20),
+    cap=st.none() | st.integers(1, 4),
+    data=st.data(),
+)
+def test_one_changed_entry_is_found_unless_the_batch_stays_valid(
+    packing, continues, start, cap, data
+):
+    lengths, capacity = packing
+    sequences = random_sequences(lengths)
+    bins = sp.pack_sequences(lengths, capacity, max_segments=cap)
+    first = np.full(len(lengths), start) if continues else None
+    arrays = [sequences[i] for i in bins.ids]
+    batch = fill_rows("test", arrays, bins.offsets, len(bins) + 1, capacity, 0, first)
+    options = {"max_segments": cap, "positions": "continue" if continues else "restart"}
+    validate_batch(batch, **options)
+    assert first_wrong(batch.segment_ids.tolist(), batch.positions.tolist(), cap, continues) is None
+    changed = {name: array.copy() for name, array in batch.asdict().items()}
+    array = changed[data.draw(st.sampled_from(["tokens", "segment_ids", "positions"]))]
+    row = data.draw(st.integers(0, len(array) - 1))
+    token = data.draw(st.integers(0, capacity - 1))
+    near = st.integers(int(array[row, token]) - 2, int(array[row, token]) + 2)
+    ends = st.sampled_from([-(2**31), -1, 0, 1, 2**31 - 1])
+    array[row, token] = data.draw(near | ends)
+    lists = changed["segment_ids"].tolist(), changed["positions"].tolist()
+    wrong = first_wrong(*lists, cap, continues)
+    if wrong is None:
+        validate_batch(changed, **options)
+        return
+    with pytest.raises(sp.SeqpackError, match="Hint") as caught:
+        validate_batch(changed, **options)
+    row, token, what, more = wrong
+    held = lists[what == "place"][row][token]
+    kind = "position" if what == "place" else "segment id"
+    message = str(caught.value)
+    assert f"row {row}, token {token}: {kind} {held}, expected " in message
+    assert ("expected at most" in message) == (what == "most")
+    assert f"({more} more row" in message
+
+
+def rows(segment_ids, positions, tokens=None):
+    arrays = [np.array(array, np.int32) for array in (segment_ids, positions)]
+    tokens = np.zeros_like(arrays[0]) if tokens is None else tokens
+    return {"tokens": tokens, "segment_ids": arrays[0], "positions": arrays[1]}
+
+
+@pytest.mark.parametrize(
+    ("segment_ids", "positions", "options", "part"),
+    [
+        ([[2, 2]], [[0, 1]], {}, "row 0, token 0: segment id 2, expected 0 or 1 (0 more rows are"),
+        ([[1, 3]], [[0, 0]], {}, "row 0, token 1: segment id 3, expected 1, 2 or 0"),
+        ([[1, 2, 1]], [[0, 0, 0]], {}, "row 0, token 2: segment id 1, expected 2, 3 or 0"),
+        ([[1], [0], [1]], [[0], [3], [4]], {}, "row 1, token 0: position 3, expected 0 (1 more ro"),
+        ([[0, 1]] * 3, [[0, 0]] * 3, {}, "token 1: segment id 1, expected 0 (2 more rows are wro"),
+        ([[-1, 0]], [[0, 0]], {}, "row 0, token 0: segment id -1, expected 0 or 1"),
+        ([[1, 2]], [[0, 0]], {"max_segments": 1}, "token 1: segment id 2, expected at most 1"),
+        ([[1, 1, 2]], [[0, 1, 2]], {}, "row 0, token 2: position 2, expected 0"),
+        ([[1, 1]], [[7, 9]], {"positions": "continue"}, "token 1: position 9, expected 8"),
+        ([[1, 1]], [[-1, 0]], {"positions": "continue"}, "position -1, expected at least 0"),
+        ([[1, 0]], [[4, 5]], {"positions": "continue"}, "token 1: position 5, expected 0"),
+        ([[1, 1]], [[2**31 - 1, -(2**31)]], {"positions": "continue"}, "expected 2147483648"),
+    ],
+)
+def test_what_breaks_the_conventions_is_named(segment_ids, positions, options, part):
+    with pytest.raises(sp.SeqpackError, match=re.escape(part)):
+        validate_batch(rows(segment_ids, positions), **options)
+
+
+def test_arrays_of_a_wrong_form_are_refused():
+    good = rows([[1, 1, 0]], [[0, 1, 0]])
+    validate_batch(good)
+    validate_batch(sp.PackedBatch(*good.values(), {}))
+    validate_batch(good | {"weights": np.zeros(7)}, max_segments=1)
+    validate_batch(rows(np.zeros((0, 3)), np.zeros((0, 3))))
+    validate_batch(rows(np.zeros((2, 0)), np.zeros((2, 0))))
+    for change, part in [
+        ({"segment_ids": np.ones((1, 4), np.int32)}, "segment_ids has shape (1, 4), tokens (1, 3)"),
+        ({"positions": good["positions"][0]}, "positions has shape (3,), tokens (1, 3)"),
+        ({"tokens": good["tokens"].astype(np.int64)}, "tokens has dtype int64, expected int32"),
+        ({"segment_ids": good["segment_ids"].astype(bool)}, "segment_ids has dtype bool"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=re.escape(part)):
+            validate_batch(good | change)
+    row = {name: array[0] for name, array in good.items()}
+    with pytest.raises(sp.SeqpackError, match=r"tokens has shape \(3,\).*add an axis"):
+        validate_batch(row)
+    del row["positions"]
+    with pytest.raises(sp.SeqpackError, match="batch has no positions"):
+        validate_batch({name: array[None] for name, array in row.items()})
+    with pytest.raises(sp.SeqpackError, match="batch is a list"):
+        validate_batch([1])
+    for options, part in [
+        ({"positions": "any"}, "choose one of restart, continue"),
+        ({"max_segments": 0}, "max_segments = 0"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=part):
+            validate_batch(good, **options)
+
+
+def test_batches_on_a_device_are_validated_too():
+    import jax
+
+    good = rows([[1, 2, 0]], [[0, 0, 0]])
+    validate_batch(jax.tree.map(jax.numpy.asarray, good))
+    with pytest.raises(sp.SeqpackError, match="position 1, expected 0"):
+        validate_batch(jax.tree.map(jax.numpy.asarray, rows([[1, 2, 0]], [[0, 1, 0]])))

@@ -159,6 +159,8 @@ def test_splitting_feeds_every_token():
     assert sorted(tokens.tolist()) == sorted(np.concatenate(sequences).tolist())
     with pytest.raises(sp.SeqpackError, match=r"lengths\[0\] = 200, but max_seq_len is 64"):
         sp.pack_dataset(sequences, CAPACITY, batch_size=2)
+    with pytest.raises(sp.SeqpackError, match="over_length = 'cut' is not known"):
+        sp.pack_dataset(sequences, CAPACITY, batch_size=2, over_length="cut")
 
 
 def test_lengths_can_be_given_and_are_checked_when_read():

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.arrays import from_portable, part_sums, to_portable
-from seqpack_jax.errors import check_int, check_integers, fail
-from seqpack_jax.planning.histogram import Int64, Pieces, coarsen_lengths
-from seqpack_jax.planning.plan import Bins
+from seqpack_jax.arrays import part_sums
+from seqpack_jax.errors import check_choice, check_int, check_integers, fail
+from seqpack_jax.feeding.sequences import FlatSequences, SequenceSource, fetch_sequences
+from seqpack_jax.planning.bins import Bins
+from seqpack_jax.planning.histogram import Int64
 
-__all__ = [
-    "FlatSequences",
-    "PackedBatch",
-    "SequenceSource",
-    "fetch_sequences",
-    "fill_rows",
-    "pack_batch",
-    "unpack_batch",
-]
-
-
-class SequenceSource(Protocol):
-    """Anything that returns the tokens of sequence `id`, a 1-D array of integers."""
-
-    def __getitem__(self, index: int, /) -> ArrayLike: ...
+__all__ = ["PackedBatch", "fill_rows", "pack_batch", "unpack_batch", "validate_batch"]
 
 
 class PackedBatch(NamedTuple):
@@ -38,7 +24,8 @@ class PackedBatch(NamedTuple):
     Attributes:
         tokens: int32 `[B, L]`.
         segment_ids: int32 `[B, L]`, 1, 2, ... in row order, 0 on padding.
-        positions: int32 `[B, L]`, from 0 in every segment, 0 on padding.
+        positions: int32 `[B, L]`, from 0 in every segment, 0 on padding; or, in pieces with
+            continued positions, from where the piece starts in its sequence.
         features: whatever else was packed beside them, by name.
 
     Example:
@@ -64,76 +51,20 @@ class PackedBatch(NamedTuple):
         return named | self.features
 
 
-@dataclass(frozen=True, eq=False)
-class FlatSequences:
-    """Sequences in one flat token array, which may be memory-mapped.
-
-    Attributes:
-        tokens: integers `[t]`, all sequences one after another.
-        offsets: integers `[n + 1]`, rising from 0 to `t`; sequence `i` is
-            `tokens[offsets[i]:offsets[i + 1]]`.
-
-    Example:
-        >>> sequences = FlatSequences(np.array([7, 8, 9, 4, 5]), np.array([0, 3, 5]))
-        >>> len(sequences), sequences[1].tolist(), sequences.lengths.tolist()
-        (2, [4, 5], [3, 2])
-    """
-
-    tokens: NDArray[Any]
-    offsets: NDArray[Any]
-
-    def __post_init__(self) -> None:
-        caller = "FlatSequences"
-        tokens = check_integers(caller, "tokens", self.tokens)
-        offsets = check_integers(caller, "offsets", self.offsets)
-        if len(offsets) == 0 or offsets[0] != 0 or int(offsets[-1]) != len(tokens):
-            ends = f"run from {offsets[0]} to {offsets[-1]}" if len(offsets) else "are empty"
-            fail(
-                caller,
-                f"offsets {ends}, but there are {len(tokens)} tokens",
-                "pass n + 1 rising offsets, the first 0 and the last the number of tokens",
-            )
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "offsets", offsets)
-
-    @property
-    def lengths(self) -> Int64:
-        """int64 `[n]`: tokens of each sequence.  Time: O(n)."""
-        offsets: Int64 = self.offsets.astype(np.int64, copy=False)
-        return offsets[1:] - offsets[:-1]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> NDArray[Any]:
-        """Return the tokens of one sequence: a view."""
-        index = check_int("FlatSequences", "index", index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tokens": to_portable(self.tokens), "offsets": to_portable(self.offsets)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, from_portable(value))
-
-
 def pack_batch(
     bins: Bins,
     sequences: SequenceSource,
     max_seq_len: int,
     *,
     lengths: ArrayLike,
-    pieces: Pieces | None = None,
+    key: int | None = None,
     rows: int | None = None,
     pad_value: int = 0,
 ) -> PackedBatch:
     """Fill one row per bin with the tokens of its sequences.
+
+    The over-length policy of the bins acts on the tokens: sequences that were planned cut are cut
+    here, and pieces are taken out of the sequences that they were split from.
 
     Time: O(rows * max_seq_len), in whole arrays, and a slice per sequence.
 
@@ -141,8 +72,9 @@ def pack_batch(
         bins: which sequences share a row.
         sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers.
         max_seq_len: tokens per row.
-        lengths: integers `[n]`, the length that was planned for each sequence, in tokens.
-        pieces: what the ids of split sequences mean (`pools.pieces`).
+        lengths: integers `[n]`, the true length of each sequence in tokens, as it was given to the
+            planner, whatever the over-length policy.
+        key: `epoch.key`, which selects the windows of `"crop"`; None keeps the first tokens.
         rows: rows of the batch, at least `len(bins)`; the rest are empty.  None for `len(bins)`.
         pad_value: the token on padding.
 
@@ -150,8 +82,9 @@ def pack_batch(
         A `PackedBatch` of `[rows, max_seq_len]` arrays.
 
     Raises:
-        SeqpackError: a sequence does not have its planned length, is not a 1-D array of integers,
-            or has tokens beyond int32; or there are more bins than rows, or a bin overflows.
+        SeqpackError: a sequence does not have the length that was planned, is not a 1-D array of
+            integers, or has tokens beyond int32; or there are more bins than rows, or a bin
+            overflows.
 
     Example:
         >>> from seqpack_jax import pack_sequences
@@ -167,92 +100,40 @@ def pack_batch(
         fail(caller, f"bins is a {type(bins).__name__}, not Bins", "pass Bins(ids, offsets, ...)")
     rows = check_int(caller, "rows", len(bins) if rows is None else rows, len(bins))
     pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
-    planned = check_integers(caller, "lengths", lengths)
-    ids, known = check_integers(caller, "bins.ids", bins.ids), len(planned)
-    if pieces is not None:
-        if known != pieces.num_sequences:
-            problem = f"there are {known} lengths, but {pieces.num_sequences} sequences were split"
-            fail(caller, problem, "pass the lengths that were planned")
-        planned = np.concatenate([planned, pieces.stop - pieces.start])
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(planned):
-        at = int(((ids < 0) | (ids >= len(planned))).argmax())
-        problem = f"bins.ids[{at}] = {ids[at]}, but ids are in [0, {len(planned)})"
-        fail(caller, problem, "pass the lengths that were planned")
-    arrays = fetch_sequences(
-        caller, sequences, ids, planned[ids], pieces=pieces, max_seq_len=max_seq_len
+    key = None if key is None else check_int(caller, "key", key)
+    ids, planned = _true_lengths(caller, bins, lengths)
+    arrays, first_positions = fetch_sequences(
+        caller,
+        sequences,
+        ids,
+        planned,
+        bins.max_seq_len,
+        over_length=bins.over_length,
+        pieces=bins.pieces,
+        key=key,
     )
-    return fill_rows(caller, arrays, bins.offsets, rows, max_seq_len, pad_value)
+    offsets = bins.offsets
+    return fill_rows(caller, arrays, offsets, rows, max_seq_len, pad_value, first_positions)
 
 
-def fetch_sequences(
-    caller: str,
-    sequences: SequenceSource,
-    ids: Int64,
-    planned: NDArray[Any],
-    *,
-    pieces: Pieces | None,
-    max_seq_len: int,
-    tolerance: int = 1,
-) -> list[NDArray[Any]]:
-    """Return the tokens of `ids`, once it is sure that they have the lengths that were planned.
-
-    `planned[k]` is the planned length of `ids[k]`; it is not read where `ids[k]` is a piece.
-    """
-    source, start, stop = ids, np.zeros_like(ids), np.asarray(planned, np.int64).copy()
-    want = stop  # the planned length of the whole source sequence
-    is_piece = np.zeros(len(ids), bool)
-    if pieces is not None:
-        is_piece = ids >= pieces.num_sequences
-        piece = ids[is_piece] - pieces.num_sequences
-        source, want = ids.copy(), stop.copy()
-        source[is_piece] = pieces.source_id[piece]
-        start[is_piece], stop[is_piece] = pieces.start[piece], pieces.stop[piece]
-        last = np.searchsorted(pieces.source_id, source[is_piece], side="right") - 1
-        want[is_piece] = pieces.stop[last]
-    arrays = _read(caller, sequences, source)
-    have = np.array([len(array) for array in arrays], np.int64)
-    expected = have
-    if tolerance > 1:
-        as_is = is_piece | (have > max_seq_len)
-        expected = np.where(as_is, have, coarsen_lengths(have, tolerance, max_seq_len))
-    wrong = expected != want
+def _true_lengths(caller: str, bins: Bins, lengths: ArrayLike) -> tuple[Int64, NDArray[Any]]:
+    """Return the ids in bins and the true length of each, 0 for that of a piece."""
+    known = check_integers(caller, "lengths", lengths)
+    ids = check_integers(caller, "bins.ids", bins.ids)
+    limits = f"[0, {len(known)})"
+    is_piece = np.zeros(len(ids), np.bool_)
+    if bins.pieces is not None:
+        first, number = bins.pieces.first_id, len(bins.pieces.table)
+        is_piece = (ids >= first) & (ids < first + number)
+        limits += f", or in [{first}, {first + number}) for pieces"
+    wrong = ~is_piece & ((ids < 0) | (ids >= len(known)))
     if wrong.any():
-        k = int(wrong.argmax())
-        fail(
-            caller,
-            f"sequence {source[k]} has {have[k]} tokens, but {want[k]} were planned "
-            f"({np.count_nonzero(wrong)} of {len(ids)} sequences here differ)",
-            "plan the lengths of the tokens as they are fed, special tokens such as BOS and EOS "
-            "included",
-        )
-    for k in np.flatnonzero(is_piece).tolist():
-        arrays[k] = arrays[k][start[k] : stop[k]]
-    return arrays
-
-
-def _read(caller: str, sequences: SequenceSource, ids: Int64) -> list[NDArray[Any]]:
-    if isinstance(sequences, FlatSequences):
-        tokens = np.asarray(sequences.tokens)  # slices of a memmap object are slow to make
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(sequences):
-            fail(caller, f"an id is not in [0, {len(sequences)})", "pass the sequences planned")
-        starts, stops = sequences.offsets[ids].tolist(), sequences.offsets[ids + 1].tolist()
-        return [tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
-    arrays = []
-    for index in ids.tolist():
-        try:
-            arrays.append(np.asarray(sequences[index]))
-        except (IndexError, KeyError) as error:
-            fail(caller, f"sequence {index} is missing ({error!r})", "pass the sequences planned")
-        except ValueError as error:
-            fail(caller, f"sequence {index} is no array ({error})", "return 1-D arrays of integers")
-    for array, index in zip(arrays, ids.tolist(), strict=True):
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            fail(
-                caller,
-                f"sequence {index} has shape {array.shape} and dtype {array.dtype}",
-                "sequences[id] must return a 1-D array of integers",
-            )
-    return arrays
+        at = int(wrong.argmax())
+        problem = f"bins.ids[{at}] = {ids[at]}, but ids are in {limits}"
+        fail(caller, problem, "pass the lengths of all sequences that were planned")
+    planned = np.zeros(len(ids), np.int64)
+    planned[~is_piece] = known[ids[~is_piece]]
+    return ids, planned
 
 
 def fill_rows(
@@ -262,8 +143,12 @@ def fill_rows(
     rows: int,
     max_seq_len: int,
     pad_value: int,
+    first_positions: Int64 | None = None,
 ) -> PackedBatch:
-    """Lay out `arrays`, cut into bins by `offsets`, as `rows` rows; the last may be empty."""
+    """Lay out `arrays`, cut into bins by `offsets`, as `rows` rows; the last may be empty.
+
+    Positions in `arrays[k]` start at `first_positions[k]`, at 0 without them.
+    """
     bins = len(offsets) - 1
     lengths = np.array([len(array) for array in arrays], np.int64)
     room = np.full(rows, max_seq_len)
@@ -277,10 +162,12 @@ def fill_rows(
     segment = np.arange(len(arrays)) - np.repeat(offsets[:-1], np.diff(offsets)) + 1
     run_ids = np.insert(segment, ends, 0).astype(np.int32)
     run_lengths = np.insert(lengths, ends, room)
-    run_starts = (np.cumsum(run_lengths) - run_lengths).astype(np.int32)
+    run_starts = np.cumsum(run_lengths) - run_lengths
+    if first_positions is not None:
+        run_starts -= np.insert(first_positions, ends, 0)
     segment_ids = np.repeat(run_ids, run_lengths).reshape(rows, max_seq_len)
     positions = np.arange(rows * max_seq_len, dtype=np.int32)
-    positions -= np.repeat(run_starts, run_lengths)
+    positions -= np.repeat(run_starts.astype(np.int32), run_lengths)
     positions *= segment_ids.reshape(-1) > 0
     padding = np.full(max_seq_len, pad_value, np.int32)
     runs: list[NDArray[Any]] = []
@@ -337,3 +224,119 @@ def unpack_batch(batch: PackedBatch | Mapping[str, Any]) -> FlatSequences:
     real = segment_ids > 0
     first = np.flatnonzero(starts[real])
     return FlatSequences(tokens[real], np.append(first, np.count_nonzero(real)))
+
+
+def validate_batch(
+    batch: PackedBatch | Mapping[str, Any],
+    *,
+    max_segments: int | None = None,
+    positions: str = "restart",
+) -> None:
+    """Raise `SeqpackError` unless a batch keeps the conventions of packed rows.
+
+    For batches from elsewhere, say a pipeline of your own, before a model sees them.  Checked are
+    shapes and dtypes; segment ids, which are 1, 2, ... in row order, each on one run of tokens, the
+    first at the start of the row, with padding (0) behind the last only; and positions.  Tokens may
+    be anything, on padding too.
+
+    Time: O(B * L), on the host.
+
+    Args:
+        batch: a `PackedBatch` or an item of a Grain pipeline, of arrays `[B, L]`; NumPy, or JAX
+            arrays, which are copied to the host.
+        max_segments: the most segments that a row may have, None for no cap.
+        positions: `"restart"`: they rise by 1 from 0 in every segment; `"continue"`: by 1 from any
+            start, as in pieces of split sequences.  They are 0 on padding in both cases.
+
+    Raises:
+        SeqpackError: with the first wrong row and token, what is there and what should be.
+
+    Example:
+        >>> ids = np.array([[1, 1, 2, 0]], np.int32)
+        >>> validate_batch(PackedBatch(ids, ids, np.array([[0, 1, 0, 0]], np.int32), {}))
+        >>> try:
+        ...     validate_batch(PackedBatch(ids, ids, np.array([[0, 1, 2, 0]], np.int32), {}))
+        ... except ValueError as error:
+        ...     print(error)
+        validate_batch: row 0, token 2: position 2, expected 0 (0 more rows are wrong). Hint: \
+positions rise by 1 in a segment, from 0, and are 0 on padding; for pieces that go on say \
+positions='continue'.
+    """
+    caller = "validate_batch"
+    check_choice(caller, "positions", positions, ("restart", "continue"))
+    if max_segments is not None:
+        max_segments = check_int(caller, "max_segments", max_segments, 1)
+    segment_ids, found = _check_arrays(caller, batch)
+    before = np.zeros_like(segment_ids)  # the segment of the token before
+    before[:, 1:] = segment_ids[:, :-1]
+    goes_on = (segment_ids == before) & (before > 0)
+    starts = (segment_ids == before + 1) & (before > 0)
+    starts[:, :1] = segment_ids[:, :1] == 1
+    wrong = ~(goes_on | starts | (segment_ids == 0))
+    if wrong.any():
+        row, token = _first(wrong)
+        last = int(before[row, token])
+        expected = f"{last}, {last + 1} or 0" if last else "0" if token else "0 or 1"
+        problem = f"segment id {segment_ids[row, token]}, expected {expected}"
+        hint = "segment ids are 1, 2, ... in row order, and 0 only at the end of a row"
+        _fail_at(caller, wrong, problem, hint)
+    if max_segments is not None and (wrong := segment_ids > max_segments).any():
+        problem = f"segment id {segment_ids[_first(wrong)]}, expected at most {max_segments}"
+        _fail_at(caller, wrong, problem, "plan with max_segments")
+    _check_positions(caller, found, goes_on, starts, positions == "continue")
+
+
+def _check_arrays(
+    caller: str, batch: PackedBatch | Mapping[str, Any]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the segment ids and the positions, once their form and that of the tokens is right."""
+    if not isinstance(batch, PackedBatch | Mapping):
+        problem = f"batch is a {type(batch).__name__}"
+        fail(caller, problem, "pass a PackedBatch, or a dict of its arrays by name")
+    named = batch if isinstance(batch, Mapping) else batch.asdict()
+    arrays = {}
+    for name in ("tokens", "segment_ids", "positions"):
+        if name not in named:
+            fail(caller, f"batch has no {name}", "pass tokens, segment_ids and positions")
+        arrays[name] = np.asarray(named[name])
+    shape = arrays["tokens"].shape
+    for name, array in arrays.items():
+        if array.ndim != 2 or array.shape != shape:
+            problem = f"{name} has shape {array.shape}, tokens {shape}, expected equal [B, L]"
+            fail(caller, problem, "pass whole batches, or add an axis: array[None]")
+        if array.dtype != np.int32:
+            fail(caller, f"{name} has dtype {array.dtype}, expected int32", "cast it to int32")
+    return arrays["segment_ids"], arrays["positions"]
+
+
+def _check_positions(
+    caller: str,
+    found: NDArray[np.int32],
+    goes_on: NDArray[np.bool_],
+    starts: NDArray[np.bool_],
+    any_start: bool,
+) -> None:
+    expected = np.zeros(found.shape, np.int64)
+    np.add(found[:, :-1], 1, out=expected[:, 1:], dtype=np.int64)
+    expected *= goes_on
+    wrong = found != expected
+    if any_start:
+        wrong[starts] = found[starts] < 0
+    if wrong.any():
+        at = _first(wrong)
+        least = "at least " if any_start and starts[at] else ""
+        problem = f"position {found[at]}, expected {least}{expected[at]}"
+        hint = "positions rise by 1 in a segment, from 0, and are 0 on padding; for pieces that "
+        _fail_at(caller, wrong, problem, hint + "go on say positions='continue'")
+
+
+def _first(wrong: NDArray[np.bool_]) -> tuple[int, int]:
+    row, token = divmod(int(wrong.argmax()), wrong.shape[1])
+    return row, token
+
+
+def _fail_at(caller: str, wrong: NDArray[np.bool_], problem: str, hint: str) -> NoReturn:
+    row, token = _first(wrong)
+    more = int(np.count_nonzero(wrong.any(axis=1))) - 1
+    rows = "row is" if more == 1 else "rows are"
+    fail(caller, f"row {row}, token {token}: {problem} ({more} more {rows} wrong)", hint)

@@ -7,26 +7,69 @@ any epoch, and a run that stops goes on exactly where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import overload
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import offsets_of
-from seqpack_jax.errors import check_int, check_integers, fail
+from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_integers, fail
 from seqpack_jax.permutation import permute, seed_from_components
+from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.histogram import Int64, SequencePools
-from seqpack_jax.planning.plan import Bins, PackingPlan
+from seqpack_jax.planning.plan import PackingPlan
 
-__all__ = ["Epoch", "materialize_epoch"]
+__all__ = ["Epoch", "EpochShard", "materialize_epoch", "shuffle_bins"]
 
 _CHUNK = 1 << 14  # bins that iteration draws at once
+_Item = TypeVar("_Item")
+
+
+class _RandomAccess(ABC):
+    """Items, slices and iteration, of whatever can draw bins."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def bins(self, indices: ArrayLike) -> Bins:
+        """Return the bins at `indices`, in that order."""
+
+    @overload
+    def __getitem__(self, index: int) -> Int64: ...
+    @overload
+    def __getitem__(self, index: slice) -> Bins: ...
+    def __getitem__(self, index: int | slice) -> Int64 | Bins:
+        """Return the ids in one bin, or the `Bins` of a slice."""
+        if isinstance(index, slice):
+            return self.bins(np.arange(*index.indices(len(self))))
+        place = check_int(type(self).__name__, "index", index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"bin {place} of {len(self)}")
+        return self.bins([place % len(self)]).ids
+
+    def __iter__(self) -> Iterator[Int64]:
+        for start in range(0, len(self), _CHUNK):
+            yield from self[start : start + _CHUNK]
+
+    def _check(self, indices: ArrayLike) -> Int64:
+        name = type(self).__name__
+        index = check_integers(f"{name}.bins", "indices", indices).astype(np.int64)
+        if index.size and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            at = int(((index < 0) | (index >= len(self))).argmax())
+            fail(
+                f"{name}.bins",
+                f"indices[{at}] = {index[at]}, but there are {len(self)} bins",
+                f"take indices in [0, {len(self)})",
+            )
+        return index
 
 
 @dataclass(frozen=True, eq=False)
-class Epoch:
+class Epoch(_RandomAccess):
     """One assignment of the ids to the bins of a plan, and one order of the bins.
 
     Made by `materialize_epoch`.  `len(epoch)` is the number of bins; `epoch[i]` is the ids in bin
@@ -58,23 +101,6 @@ class Epoch:
     def __len__(self) -> int:
         return self.plan.num_bins
 
-    @overload
-    def __getitem__(self, index: int) -> Int64: ...
-    @overload
-    def __getitem__(self, index: slice) -> Bins: ...
-    def __getitem__(self, index: int | slice) -> Int64 | Bins:
-        """Return the ids in one bin, or the `Bins` of a slice."""
-        if isinstance(index, slice):
-            return self.bins(np.arange(*index.indices(len(self))))
-        place = check_int("Epoch", "index", index)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"bin {place} of {len(self)}")
-        return self.bins([place % len(self)]).ids
-
-    def __iter__(self) -> Iterator[Int64]:
-        for start in range(0, len(self), _CHUNK):
-            yield from self[start : start + _CHUNK]
-
     def bins(self, indices: ArrayLike) -> Bins:
         """Return the bins at `indices`, in that order.
 
@@ -90,15 +116,8 @@ class Epoch:
 
     def bins_and_lengths(self, indices: ArrayLike) -> tuple[Bins, NDArray[np.int32]]:
         """Return the bins at `indices`, and the planned length of each of their ids in tokens."""
-        plan = self.plan
-        index = check_integers("Epoch.bins", "indices", indices).astype(np.int64)
-        if index.size and not 0 <= int(index.min()) <= int(index.max()) < len(self):
-            at = int(((index < 0) | (index >= len(self))).argmax())
-            fail(
-                "Epoch.bins",
-                f"indices[{at}] = {index[at]}, but the epoch has {len(self)} bins",
-                "take indices in [0, len(epoch))",
-            )
+        plan, pools = self.plan, self.pools
+        index = self._check(indices)
         if self.key is not None and self.shuffle:
             index = permute(index, max(1, len(self)), self.key)
         template = np.searchsorted(plan.bin_starts, index, side="right") - 1
@@ -110,16 +129,109 @@ class Epoch:
         length = plan.lengths[slot]
         rank = plan.slot_starts[slot] + bin_of_template
         if self.key is not None:
-            count = self.pools.starts[length + 1] - self.pools.starts[length]
+            count = pools.starts[length + 1] - pools.starts[length]
             rank = permute(rank, count, np.uint64(self.key) + length.astype(np.uint64))
-        return Bins(self.pools.lookup(length, rank), offsets, plan.max_seq_len), length
+        ids = pools.lookup(length, rank)
+        over_length = (pools.pieces, pools.over_length, pools.report)
+        return Bins(ids, offsets, plan.max_seq_len, *over_length), length
+
+    def shard(self, index: int, count: int, *, remainder: str = "pad") -> EpochShard:
+        """Return the part of one of `count` ranks, to be read like the epoch itself.
+
+        All ranks pass the same seed and epoch, and each its own `index`: together they see every id
+        exactly once, in equally many rows.  A seed per rank would be a data set per rank instead.
+
+        Time: O(1).
+
+        Args:
+            index: the number of this rank (process, device or worker), in `[0, count)`.
+            count: how many ranks share the epoch.
+            remainder: if the rows do not come out even: `"pad"` gives the last ranks an empty row,
+                `"drop"` leaves the last rows of the epoch out: fewer than `count`, and other
+                sequences in each epoch, because rows are shuffled (if `seed` and `shuffle` say so).
+
+        Raises:
+            SeqpackError: an argument is out of range.
+
+        Example:
+            >>> from seqpack_jax import pack_length_histogram
+            >>> counts = {5: 6, 3: 4}
+            >>> plan = pack_length_histogram(counts, max_seq_len=10)
+            >>> epoch = materialize_epoch(plan, SequencePools.identity(counts), seed=0)
+            >>> [len(epoch.shard(i, 2)) for i in range(2)], len(epoch)
+            ([3, 3], 5)
+            >>> sorted(id for i in range(2) for ids in epoch.shard(i, 2) for id in ids.tolist())
+            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+        """
+        caller = "Epoch.shard"
+        count = check_int(caller, "count", count, 1)
+        index = check_int(caller, "index", index, 0, count - 1)
+        return EpochShard(
+            self, index, count, check_choice(caller, "remainder", remainder, ("pad", "drop"))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EpochShard(_RandomAccess):
+    """The rows of an epoch that one of several ranks reads; made by `Epoch.shard`.
+
+    Row `s` of shard `i` is row `s * count + i` of the epoch, so that the ranks together read the
+    epoch in its order.  Reads as an `Epoch` does: `shard[s]`, `shard[a:b]`, `shard.bins(indices)`,
+    iteration; its `len` is the same for all ranks.  A row beyond the end of the epoch is empty.
+
+    Time: O(result) to read.
+
+    Attributes:
+        epoch: the whole.
+        index: the number of this rank.
+        count: how many ranks there are.
+        remainder: `"pad"` or `"drop"`.
+
+    Example:
+        >>> from seqpack_jax import pack_length_histogram
+        >>> plan = pack_length_histogram({8: 5}, max_seq_len=8)
+        >>> epoch = materialize_epoch(plan, SequencePools.identity({8: 5}))
+        >>> [epoch.shard(i, 2)[0:3].tolist() for i in range(2)]
+        [[[0], [2], [4]], [[1], [3], []]]
+        >>> [epoch.shard(i, 2, remainder="drop")[:].tolist() for i in range(2)]
+        [[[0], [2]], [[1], [3]]]
+    """
+
+    epoch: Epoch
+    index: int
+    count: int
+    remainder: str
+
+    def __len__(self) -> int:
+        spare = self.count - 1 if self.remainder == "pad" else 0
+        return (len(self.epoch) + spare) // self.count
+
+    def bins(self, indices: ArrayLike) -> Bins:
+        """Return the bins in the rows `indices` of this shard, in that order.
+
+        Time: O(rows + sequences in them).
+
+        Args:
+            indices: integers `[b]` in `[0, len(shard))`.
+
+        Raises:
+            SeqpackError: an index is out of range.
+        """
+        row = self._check(indices) * self.count + self.index
+        held = row < len(self.epoch)
+        bins = self.epoch.bins(row[held])
+        if held.all():
+            return bins
+        sizes = np.zeros(len(row), np.int64)
+        sizes[held] = np.diff(bins.offsets)
+        return replace(bins, offsets=offsets_of(sizes))
 
 
 def materialize_epoch(
-    plan: PackingPlan,
-    pools: SequencePools,
-    *,
+    templates: PackingPlan | Mapping[tuple[int, ...], int],
+    pools: SequencePools | Mapping[int, ArrayLike],
     seed: int | None = None,
+    *,
     epoch: int = 0,
     shuffle: bool = True,
 ) -> Epoch:
@@ -131,14 +243,17 @@ def materialize_epoch(
     Time: O(size of the plan + max_len), whatever the number of sequences.
 
     Args:
-        plan: from `pack_length_histogram`.
-        pools: the ids of each length, from `length_histogram_from_lengths`, of the same sequences.
+        templates: a plan, from `pack_length_histogram`; or `{template: bins}` as in the seed
+            library.  The latter is taken in falling order of the templates, so that equal mappings
+            give equal epochs; its `max_seq_len` is the fullest template.
+        pools: the ids of each length, from `length_histogram_from_lengths`, of the same sequences;
+            or `{length: ids}`, where memory maps stay such.
         seed: any int; with `epoch` it determines the result.  None keeps pools and plan in order.
         epoch: the number of the epoch, from 0.
         shuffle: False keeps the order of the bins and still pairs sequences anew.
 
     Returns:
-        An `Epoch` of `plan.num_bins` bins.
+        An `Epoch` with as many bins as the plan.
 
     Raises:
         SeqpackError: the pools do not hold the sequences that were planned.
@@ -152,23 +267,88 @@ def materialize_epoch(
         >>> epoch = materialize_epoch(plan, pools, seed=0, epoch=1)
         >>> sorted(epoch[0:5].ids.tolist())
         [0, 1, 2, 3, 4, 5, 6, 7, 8]
+        >>> materialize_epoch({(5, 3): 2}, {3: [0, 1], 5: [2, 3]})[0:2].tolist()
+        [[2, 0], [3, 1]]
     """
     caller = "materialize_epoch"
     epoch = check_int(caller, "epoch", epoch, 0)
     seed = None if seed is None else check_int(caller, "seed", seed)
-    planned = pools.coarsen(plan.tolerance, plan.max_seq_len)
+    plan = _as_plan(caller, templates)
+    planned = _as_pools(caller, pools).coarsen(plan.tolerance, plan.max_seq_len)
     counts, slots = planned.counts, plan.counts
     size = min(len(counts), len(slots))
     differ = counts[:size] != slots[:size]
     if differ.any() or counts[size:].any() or slots[size:].any():
-        length = int(differ.argmax()) if differ.any() else size
+        more = counts[size:] if len(counts) > size else slots[size:]
+        length = int(differ.argmax()) if differ.any() else size + int((more > 0).argmax())
         have = int(counts[length]) if length < len(counts) else 0
         want = int(slots[length]) if length < len(slots) else 0
         fail(
             caller,
-            f"the pools hold {have} sequences of planned length {length}, the plan has {want} "
-            f"slots of it ({pools.num_sequences} sequences, {plan.num_sequences} slots in all)",
+            f"the pools hold {have} sequences of planned length {length}, the plan has {want} slots"
+            f" of it ({planned.num_sequences} sequences, {plan.num_sequences} slots in all)",
             "plan the counts of these pools: pack_length_histogram(pools.counts, max_seq_len)",
         )
     key = None if seed is None else seed_from_components(seed, epoch)
     return Epoch(plan, planned, key, shuffle)
+
+
+def _as_plan(caller: str, templates: Any) -> PackingPlan:
+    if isinstance(templates, PackingPlan):
+        return templates
+    if not isinstance(templates, Mapping):
+        problem = f"templates is a {type(templates).__name__}, not a plan"
+        fail(caller, problem, "pass a PackingPlan or {template: bins}")
+    given = PackingPlan.from_counter(templates, MAX_LENGTH)
+    return replace(given, max_seq_len=max(1, int(given.fills.max(initial=0))))
+
+
+def _as_pools(caller: str, pools: Any) -> SequencePools:
+    if isinstance(pools, SequencePools):
+        return pools
+    if not isinstance(pools, Mapping):
+        problem = f"pools is a {type(pools).__name__}, not pools"
+        fail(caller, problem, "pass SequencePools or {length: ids}")
+    return SequencePools.from_mapping(pools)
+
+
+@overload
+def shuffle_bins(bin_indices: list[_Item], seed: int | None = None) -> list[_Item]: ...
+@overload
+def shuffle_bins(bin_indices: NDArray[Any], seed: int | None = None) -> NDArray[Any]: ...
+def shuffle_bins(
+    bin_indices: list[_Item] | NDArray[Any], seed: int | None = None
+) -> list[_Item] | NDArray[Any]:
+    """Return bin indices (or a list of bins) in another order; the argument stays as it is.
+
+    For bins from `pack_sequences`; those of an `Epoch` are shuffled already.
+
+    Time: O(n).
+
+    Args:
+        bin_indices: a list, or a 1-D array of integers.
+        seed: any int; the same one gives the same order on every machine.  None leaves the order as
+            it is (in the seed library it draws another one each time, which nobody can repeat).
+
+    Returns:
+        A new list, or a new array of the same dtype.
+
+    Raises:
+        SeqpackError: `bin_indices` is neither, or `seed` is not an integer.
+
+    Example:
+        >>> shuffle_bins([0, 1, 2, 3, 4], seed=1)
+        [3, 4, 1, 0, 2]
+        >>> shuffle_bins(np.arange(5), seed=2).tolist()
+        [4, 2, 0, 3, 1]
+    """
+    caller = "shuffle_bins"
+    seed = None if seed is None else check_int(caller, "seed", seed)
+    if not isinstance(bin_indices, list):
+        bin_indices = check_integers(caller, "bin_indices", bin_indices)
+    order = np.arange(len(bin_indices))
+    if seed is not None:
+        order = permute(order, max(1, len(order)), seed_from_components(seed))
+    if isinstance(bin_indices, list):
+        return [bin_indices[i] for i in order.tolist()]
+    return bin_indices[order]

@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.errors import check_choice, check_int, fail
-from seqpack_jax.feeding.batch import FlatSequences, SequenceSource, fetch_sequences, fill_rows
+from seqpack_jax.feeding.batch import fill_rows
 from seqpack_jax.feeding.epoch import materialize_epoch
+from seqpack_jax.feeding.sequences import FlatSequences, SequenceSource, fetch_sequences
 from seqpack_jax.feeding.streaming import PackingIterator
 from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
+from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
+from seqpack_jax.planning.over_length import OverLength, as_policy
 from seqpack_jax.planning.packers import ALGORITHMS, pack_length_histogram
-from seqpack_jax.planning.plan import Bins, PackingPlan
+from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.stats import PackingStats
 
 __all__ = ["PackOperation", "PackedSource", "pack_dataset"]
 
@@ -32,6 +36,7 @@ class _Drawn(NamedTuple):
     """Bins of some consecutive items: item `k` has the bins `firsts[k]` to `firsts[k + 1]`."""
 
     block: tuple[int, int]  # epoch, and number of the block in it
+    key: int  # of the epoch
     bins: Bins
     planned: NDArray[np.int32]
     firsts: list[int]
@@ -50,8 +55,10 @@ class PackedSource:
 
     Args:
         plan: from `pack_length_histogram`.
-        pools: the ids of each length, from `length_histogram_from_lengths`.
-        sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers.
+        pools: the ids of each length, from `length_histogram_from_lengths`; their over-length
+            policy acts on the tokens.
+        sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers; ids are
+            those of the pools, any integers.
         seed: seeds the pairings and the order of the rows; any int.
         epochs: how often each sequence comes; each epoch pairs sequences anew.
         batch_size: rows per item, as arrays `[batch_size, max_seq_len]`; None for single rows,
@@ -104,8 +111,10 @@ class PackedSource:
         self._drawn: _Drawn | None = None  # the block that was drawn last
         self._touched: tuple[int, int] | None = None  # the block of the item that was drawn last
         if plan.num_bins == 0:
-            fail(caller, "there are no sequences", "pass at least one")
-        rows = self.shard[1] * (self.batch_size or 1)
+            dropped = pools.report.sequences
+            left = f" left: all {dropped} were over-length and dropped" if dropped else ""
+            fail(caller, f"there are no sequences{left}", "pass at least one that fits a row")
+        rows = self._rows_per_step
         whole, rest = divmod(plan.num_bins, rows)
         self.steps_per_epoch: int = whole + (rest > 0 and remainder == "pad")
         if self.steps_per_epoch == 0:
@@ -114,6 +123,20 @@ class PackedSource:
                 f"the plan has {plan.num_bins} rows, a step takes {rows}: no step is left",
                 "lower batch_size, or use remainder='pad'",
             )
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.shard[1] * (self.batch_size or 1)
+
+    @property
+    def stats(self) -> PackingStats:
+        """Figures of one epoch over all shards, what the policy touched among them.
+
+        Time: O(size of the plan).
+        """
+        return PackingStats.from_plan(
+            self.plan, rows_per_step=self._rows_per_step, report=self.pools.report
+        )
 
     def __len__(self) -> int:
         """Items over all epochs, the same for every shard."""
@@ -126,21 +149,24 @@ class PackedSource:
             raise IndexError(f"item {index} of {len(self)}")
         drawn, item = self._draw(index)
         begin, end = drawn.firsts[item : item + 2]
-        bins = drawn.bins[begin:end]
-        offset = int(drawn.bins.offsets[begin])
-        caller, plan = "PackedSource", self.plan
-        arrays = fetch_sequences(
+        offsets = drawn.bins.offsets[begin : end + 1]
+        held = slice(offsets[0], offsets[-1])
+        caller, plan, pools = "PackedSource", self.plan, self.pools
+        arrays, first_positions = fetch_sequences(
             caller,
             self.sequences,
-            bins.ids,
-            drawn.planned[offset : offset + len(bins.ids)],
-            pieces=self.pools.pieces,
-            max_seq_len=plan.max_seq_len,
+            drawn.bins.ids[held],
+            drawn.planned[held],
+            plan.max_seq_len,
+            over_length=pools.over_length,
+            pieces=pools.pieces,
+            key=drawn.key,
             tolerance=plan.tolerance,
         )
-        rows = self.batch_size or 1
-        batch = fill_rows(caller, arrays, bins.offsets, rows, plan.max_seq_len, self.pad_value)
-        named = batch.asdict()
+        rows, offsets = self.batch_size or 1, offsets - offsets[0]
+        named = fill_rows(
+            caller, arrays, offsets, rows, plan.max_seq_len, self.pad_value, first_positions
+        ).asdict()
         return named if self.batch_size else {name: array[0] for name, array in named.items()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -172,9 +198,10 @@ class PackedSource:
         # Rows beyond the last bin, at the end of an epoch, stay empty.
         held = np.clip(self.plan.num_bins - starts, 0, rows)
         index = (starts[:, None] + np.arange(rows)).reshape(-1)
-        epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
+        key = seed_from_components(self.seed, block[0])
+        epoch = replace(self._first, key=key)
         bins, planned = epoch.bins_and_lengths(index[index < self.plan.num_bins])
-        return _Drawn(block, bins, planned, [0, *np.cumsum(held).tolist()])
+        return _Drawn(block, key, bins, planned, [0, *np.cumsum(held).tolist()])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_drawn": None, "_touched": None}
@@ -186,7 +213,7 @@ class PackedSource:
             f"max_seq_len={self.plan.max_seq_len}, seed={self.seed}, epochs={self.epochs}, "
             f"batch_size={self.batch_size}, shard={self.shard}, remainder={self.remainder!r}, "
             f"shuffle={self.shuffle}, pad_value={self.pad_value}, "
-            f"permutation={PERMUTATION_VERSION})"
+            f"over_length={self.pools.over_length}, permutation={PERMUTATION_VERSION})"
         )
 
 
@@ -210,7 +237,7 @@ def pack_dataset(
     algorithm: str = "best_fit_decreasing",
     max_segments: int | None = None,
     tolerance: int = 1,
-    over_length: str = "error",
+    over_length: str | OverLength = "error",
     shard: tuple[int, int] = (0, 1),
     remainder: str = "pad",
     shuffle: bool = True,
@@ -231,7 +258,9 @@ def pack_dataset(
         algorithm: see `pack_length_histogram`.
         max_segments: the most sequences in a row, None for no cap.
         tolerance: see `pack_length_histogram`.
-        over_length: `"error"` refuses sequences over `max_seq_len`, `"split"` cuts them.
+        over_length: what becomes of sequences over `max_seq_len`: an `OverLength`, or the name of
+            its action: `"error"`, `"drop"`, `"truncate"`, `"truncate_left"`, `"crop"` (a random
+            window per epoch) or `"split"`.
         shard: see `PackedSource`, as are the arguments below.
         remainder: `"pad"` or `"drop"`.
         shuffle: False keeps the rows in the order of the plan.
@@ -296,6 +325,10 @@ class PackOperation:
     `batch_size` rows; the last one may have empty rows.  Records are dicts; the other features of a
     record are not passed on.
 
+    Records of more than `max_seq_len` tokens follow the over-length policy.  With `"split"` the
+    pieces of a record share a batch, which therefore ends between records.  What the policy touched
+    is logged at the end of the stream, at level INFO.
+
     Resuming is exact at any step, with any number of workers: Grain stores the position of the
     reader only, which is ahead of the packer, so the reader's `get_state` is made to answer with
     the position of the first record that is not in a batch yet.
@@ -305,10 +338,14 @@ class PackOperation:
         batch_size: rows per batch.
         feature: which entry of a record is packed, a 1-D array of integers.
         pad_value: the token on padding.
+        over_length: an `OverLength`, or the name of its action.
+        seed: with the index of a record in the stream (`metadata.index`) it selects the window of
+            `"crop"`; in a later epoch of the sampler the index, and so the window, is another.
 
     Raises:
-        SeqpackError: when iterating, for a record that is empty, over `max_seq_len`, or no 1-D
-            array of integers.
+        SeqpackError: when iterating, for a record that is empty, that is over `max_seq_len` without
+            a policy, that has more pieces than a batch has rows, or that is no 1-D array of
+            integers.
 
     Example:
         >>> import grain
@@ -323,22 +360,39 @@ class PackOperation:
     """
 
     def __init__(
-        self, max_seq_len: int, batch_size: int, feature: str = "tokens", *, pad_value: int = 0
+        self,
+        max_seq_len: int,
+        batch_size: int,
+        feature: str = "tokens",
+        *,
+        pad_value: int = 0,
+        over_length: str | OverLength = "error",
+        seed: int = 0,
     ) -> None:
         caller = "PackOperation"
         self.max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1)
         self.batch_size = check_int(caller, "batch_size", batch_size, 1)
         self.feature = feature
         self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
+        self.over_length = as_policy(caller, over_length)
+        self.over_length.check(caller, self.max_seq_len)
+        self.seed = check_int(caller, "seed", seed)
 
     def __call__(self, input_iterator: Iterator[Any]) -> Iterator[Any]:
         """Return an iterator over packed records; the operation itself keeps no state."""
         return PackingIterator(
-            input_iterator, self.max_seq_len, self.batch_size, self.feature, self.pad_value
+            input_iterator,
+            self.max_seq_len,
+            self.batch_size,
+            self.feature,
+            self.pad_value,
+            self.over_length,
+            self.seed,
         )
 
     def __repr__(self) -> str:
         return (
             f"PackOperation(max_seq_len={self.max_seq_len}, batch_size={self.batch_size}, "
-            f"feature={self.feature!r}, pad_value={self.pad_value})"
+            f"feature={self.feature!r}, pad_value={self.pad_value}, "
+            f"over_length={self.over_length}, seed={self.seed})"
         )
