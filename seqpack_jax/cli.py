@@ -1,28 +1,37 @@
 """The command line: `seqpack-jax COMMAND`.
 
-A command is two small functions and one entry in `_COMMANDS`: one declares its arguments, one runs
-it and returns the exit code.  The second imports what it needs, so that `--help` stays quick.
+A command is a table of its arguments, a function that runs it and returns the exit code, and one
+entry in `_COMMANDS`.  The function imports what it needs, so that `--help` stays quick.
+
+What is asked for goes to stdout; logs and progress go to stderr.  The environment variable LOGLEVEL
+says which logs (default INFO).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from seqpack_jax import __version__
-from seqpack_jax.errors import SeqpackError
+from seqpack_jax.errors import SeqpackError, fail
 
 __all__ = ["main"]
+
+Arguments = Mapping[str, dict[str, Any]]  # of `ArgumentParser.add_argument`, by flag
 
 
 class Command(NamedTuple):
     """One subcommand: what `--help` says, its arguments, and what it does."""
 
     summary: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Arguments
     run: Callable[[argparse.Namespace], int]
 
 
@@ -40,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _make_parser().parse_args(argv)
     try:
-        return _COMMANDS[arguments.command].run(arguments)
+        with _logging():
+            return _COMMANDS[arguments.command].run(arguments)
     except SeqpackError as error:
         line = " ".join(str(error).split())
         print(f"seqpack-jax {arguments.command}: {line}", file=sys.stderr)
@@ -62,10 +72,38 @@ def _make_parser() -> argparse.ArgumentParser:
             name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
         )
-        command.add_arguments(subparser)
+        for flag, options in command.arguments.items():
+            subparser.add_argument(flag, **options)
     return parser
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Print the logs of this package to stderr while a command runs."""
+    name = os.environ.get("LOGLEVEL", "INFO")
+    level = logging.getLevelNamesMapping().get(name.upper())
+    if level is None:
+        fail("LOGLEVEL", f"{name!r} is no level", "set DEBUG, INFO, WARNING or ERROR")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("seqpack_jax")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 # --- kinds of arguments -----------------------------------------------------------------------
@@ -94,22 +132,38 @@ def _positive_number(text: str) -> float:
     return value
 
 
+def _size(low: int = 1) -> dict[str, Any]:
+    return {"type": _integer(low, 2**31 - 1), "metavar": "N"}
+
+
+def _name(what: str) -> dict[str, Any]:
+    return {"metavar": "NAME", "help": what}
+
+
+_DIRECTORY: dict[str, Any] = {"metavar": "DIR", "help": "what `prepare` wrote, a path or a URL"}
+_WORKERS = {**_size(), "help": "processes (default: as many as CPUs)"}
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 # --- demo -------------------------------------------------------------------------------------
 
-
-def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seconds", type=_positive_number, default=60.0, help="how long to train at most"
-    )
-    parser.add_argument("--batch-size", type=_integer(1, 4096), default=4, help="rows per batch")
-    parser.add_argument(
-        "--max-seq-len", type=_integer(64, 4096), default=512, help="tokens per row"
-    )
-    parser.add_argument(
-        "--seed", type=_integer(0, 2**31 - 1), default=0, help="of the weights and the epochs"
-    )
+_DEMO: Arguments = {
+    "--seconds": {"type": _positive_number, "default": 60.0, "help": "how long to train at most"},
+    "--batch-size": {"type": _integer(1, 4096), "default": 4, "help": "rows per batch"},
+    "--max-seq-len": {"type": _integer(64, 4096), "default": 512, "help": "tokens per row"},
+    "--seed": {
+        "type": _integer(0, 2**31 - 1),
+        "default": 0,
+        "help": "of the weights and the epochs",
+    },
     # How the demo starts its second process.
-    parser.add_argument("--resume-in", metavar="DIR", help=argparse.SUPPRESS)
+    "--resume-in": {"metavar": "DIR", "help": argparse.SUPPRESS},
+}
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -123,12 +177,160 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     return run_demo(options)
 
 
+# --- prepare, stats, verify -------------------------------------------------------------------
+
+_PREPARE: Arguments = {
+    "--input": {
+        "required": True,
+        "nargs": "+",
+        "metavar": "PATH",
+        "help": "parquet, .npy or FASTA files: paths, directories, globs or URLs",
+    },
+    "--length-column": _name("of parquet files: the lengths, integers"),
+    "--tokens-column": _name("of parquet files, instead: the tokens, lists"),
+    "--id-column": _name("of parquet files: the ids, integers (default: the number of the row)"),
+    "--max-seq-len": {"required": True, **_size(), "help": "tokens per row"},
+    "--algorithm": {
+        "default": "best_fit_decreasing",
+        "choices": ("best_fit_decreasing", "first_fit_decreasing", "worst_fit_decreasing"),
+        "help": "how to plan",
+    },
+    "--max-segments": {**_size(), "help": "the most sequences in a row"},
+    "--over-length": {
+        "default": "error",
+        "choices": ("error", "drop", "truncate", "truncate_left", "crop", "split"),
+        "help": "what becomes of sequences of more tokens than a row",
+    },
+    "--overlap": {**_size(0), "default": 0, "help": "of split: tokens that two pieces share"},
+    "--min-tail": {**_size(), "default": 1, "help": "of split: tokens of a last piece at least"},
+    "--positions": {
+        "default": "restart",
+        "choices": ("restart", "continue"),
+        "help": "of split: those of a piece",
+    },
+    "--tolerance": {**_size(), "default": 1, "help": "plan lengths as multiples of this"},
+    "--extra-tokens": {**_size(0), "default": 0, "help": "added to every length, as for BOS, EOS"},
+    "--output": {"required": True, "metavar": "DIR", "help": "the directory to be made"},
+    "--workers": _WORKERS,
+    "--engine": {
+        "default": "local",
+        "choices": ("local", "ray"),
+        "help": "where workers run: on this machine, or where RAY_ADDRESS says",
+    },
+    "--overwrite": {"action": "store_true", "help": "replace what was prepared at --output before"},
+}
+
+
+def _run_prepare(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.feeding.distributed import ray_map
+    from seqpack_jax.feeding.preparation import prepare
+    from seqpack_jax.planning.over_length import OverLength
+
+    options = dict(vars(arguments))
+    del options["command"]
+    split = [options.pop(name) for name in ("over_length", "overlap", "min_tail", "positions")]
+    workers = options.pop("workers")
+    on_ray = options.pop("engine") == "ray"
+    prepared = prepare(
+        options.pop("input"),
+        options.pop("output"),
+        options.pop("max_seq_len"),
+        over_length=OverLength(*split),
+        workers=1 if on_ray else workers or _cpus(),
+        map_shards=ray_map(num_workers=workers) if on_ray else None,
+        **options,
+    )
+    _print_stats(prepared)
+    return 0
+
+
+def _print_stats(prepared: Any, rows_per_step: int = 1, as_json: bool = False) -> None:
+    from seqpack_jax.planning.stats import PackingStats
+
+    plan, report = prepared.plan, prepared.pools.report
+    stats = PackingStats.from_plan(plan, rows_per_step=rows_per_step, report=report)
+    print(json.dumps(stats.to_dict(), indent=1) if as_json else stats)
+
+
+_STATS: Arguments = {
+    "directory": _DIRECTORY,
+    "--rows-per-step": {**_size(), "default": 1, "help": "rows of a global batch"},
+    "--json": {"action": "store_true", "help": "print them as JSON"},
+}
+
+
+def _run_stats(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.feeding.prepared import load_prepared
+
+    _print_stats(load_prepared(arguments.directory), arguments.rows_per_step, arguments.json)
+    return 0
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.feeding.verification import verify_prepared
+
+    plan = verify_prepared(arguments.directory).plan
+    sequences, rows = f"{plan.num_sequences:,} sequences", f"{plan.num_bins:,} rows"
+    print(f"{arguments.directory} is whole: {sequences} in {rows}")
+    return 0
+
+
+# --- export -----------------------------------------------------------------------------------
+
+_EXPORT: Arguments = {
+    "directory": _DIRECTORY,
+    "--sequences": {
+        "required": True,
+        "metavar": "PATH",
+        "help": "where the tokens are: parquet or FASTA files, as for prepare",
+    },
+    "--tokens-column": _name("of parquet files (default: that of the preparation)"),
+    "--id-column": _name("of parquet files (default: that of the preparation)"),
+    "--epochs": {**_size(), "default": 1, "help": "how often each sequence comes"},
+    "--seed": {**_size(0), "default": 0, "help": "of the epochs"},
+    "--to": {
+        "default": "arrayrecord",
+        "choices": ("arrayrecord", "parquet"),
+        "help": "the format of the files",
+    },
+    "--output": {"required": True, "metavar": "DIR", "help": "the directory to be made"},
+    "--workers": _WORKERS,
+    "--overwrite": {"action": "store_true", "help": "replace an earlier export at --output"},
+}
+
+
+def _run_export(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.feeding.export import export_rows
+
+    manifest = export_rows(
+        arguments.directory,
+        arguments.sequences,
+        arguments.output,
+        to=arguments.to,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        tokens_column=arguments.tokens_column,
+        id_column=arguments.id_column,
+        workers=arguments.workers or _cpus(),
+        overwrite=arguments.overwrite,
+    )
+    rows = sum(file.rows for file in manifest.files)
+    print(f"{arguments.output}: {rows:,} rows in {len(manifest.files):,} files")
+    return 0
+
+
 _COMMANDS = {
     "demo": Command(
-        "pack the standard library's docstrings, feed, train, prove and resume",
-        _add_demo_arguments,
-        _run_demo,
+        "pack the standard library's docstrings, feed, train, prove and resume", _DEMO, _run_demo
     ),
+    "prepare": Command("plan a data set that lies in files, of any size", _PREPARE, _run_prepare),
+    "stats": Command("show how full the rows of a prepared data set are", _STATS, _run_stats),
+    "verify": Command(
+        "read a prepared data set in full, and check all of it",
+        {"directory": _DIRECTORY},
+        _run_verify,
+    ),
+    "export": Command("write packed rows to files, in training order", _EXPORT, _run_export),
 }
 
 

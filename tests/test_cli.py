@@ -1,16 +1,38 @@
 """Commands, their help, and what wrong arguments get."""
 
+import json
+import logging
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from input_files import write
+from pyarrow import parquet as pq
 
 import seqpack_jax
+import seqpack_jax as sp
 from seqpack_jax import cli
 from seqpack_jax.cli import main
 from seqpack_jax.demo import DemoOptions
 
-OPTIONS = {"demo": ["--seconds", "--batch-size", "--max-seq-len", "--seed"]}
+OPTIONS = {
+    "demo": "--seconds --batch-size --max-seq-len --seed",
+    "prepare": (
+        "--input --length-column --tokens-column --id-column --max-seq-len --algorithm "
+        "--max-segments --over-length --overlap --min-tail --positions --tolerance --extra-tokens "
+        "--output --workers --engine --overwrite"
+    ),
+    "stats": "DIR --rows-per-step --json",
+    "verify": "DIR",
+    "export": (
+        "DIR --sequences --tokens-column --id-column --epochs --seed --to --output --workers "
+        "--overwrite"
+    ),
+}
 
 
 def _exit(argv):
@@ -32,9 +54,11 @@ def test_help_of_every_command(name, capsys):
     assert _exit([name, "--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: seqpack-jax {name}")
-    for option in OPTIONS[name]:
-        assert option in printed
-    assert "resume" not in printed.split("options:")[1]  # hidden: only the demo itself uses it
+    shown = printed.split("\n\n", 2)[2]
+    assert [word for word in OPTIONS[name].split() if f"  {word}" not in shown] == []
+    assert shown.count("\n  -") == 1 + OPTIONS[name].count("--")  # and `--help`; none is hidden
+    assert "resume" not in shown  # hidden: only the demo itself uses it
+    assert "None" not in shown
 
 
 def test_version(capsys):
@@ -57,6 +81,15 @@ def test_version(capsys):
         (["demo", "--max-seq-len", "63"], "argument --max-seq-len: 63 is not in [64, 4096]"),
         (["demo", "--seed", "-1"], "argument --seed: -1 is not in [0, 2147483647]"),
         (["demo", "--seed"], "argument --seed: expected one argument"),
+        (["prepare"], "arguments are required: --input, --max-seq-len, --output"),
+        (["prepare", "--max-seq-len", "0"], "argument --max-seq-len: 0 is not in [1, 2147483647]"),
+        (["prepare", "--over-length", "cut"], "argument --over-length: invalid choice: 'cut'"),
+        (["prepare", "--algorithm", "next_fit"], "argument --algorithm: invalid choice"),
+        (["prepare", "--engine", "spark"], "argument --engine: invalid choice: 'spark'"),
+        (["stats"], "the following arguments are required: DIR"),
+        (["verify"], "the following arguments are required: DIR"),
+        (["export", "DIR"], "arguments are required: --sequences, --output"),
+        (["export", "DIR", "--to", "csv"], "argument --to: invalid choice: 'csv'"),
     ],
 )
 def test_wrong_arguments(argv, message, capsys):
@@ -93,10 +126,167 @@ def test_help_loads_nothing_heavy():
         "import sys\n"
         "from seqpack_jax.cli import main\n"
         "try:\n"
-        "    main(['demo', '--help'])\n"
+        "    main(['prepare', '--help'])\n"
         "except SystemExit:\n"
-        "    loaded = {'jax', 'flax', 'optax', 'grain', 'rich'} & set(sys.modules)\n"
+        "    heavy = {'jax', 'flax', 'optax', 'grain', 'rich', 'pyarrow', 'fsspec', 'ray'}\n"
+        "    loaded = heavy & set(sys.modules)\n"
         "    sys.exit(f'loaded: {loaded}' if loaded else 0)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# --- prepare, stats, verify -----------------------------------------------------------------
+
+LENGTHS = [7, 5, 5, 5, 5, 5, 3, 3, 3]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The words of a command that prepares a small data set."""
+    write(tmp_path / "in.parquet", LENGTHS)
+    command = f"prepare --input {tmp_path}/in.parquet --length-column length --workers 1"
+    return f"{command} --output {tmp_path}/out --max-seq-len".split()
+
+
+def test_prepare_stats_and_verify(data, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main([*data, "10"]) == 0
+    plan = sp.pack_length_histogram(np.bincount(LENGTHS), 10)
+    stats = sp.PackingStats.from_plan(plan)
+    assert capsys.readouterr() == (
+        f"{stats}\n",
+        f"preparing rows: 9, shards: 1\nwrote {out}: 5 rows, 82.00% full\n",
+    )
+    assert sp.load_prepared(out).plan.digest() == plan.digest()
+    assert main(["stats", out]) == 0
+    assert capsys.readouterr() == (f"{stats}\n", "")
+    assert main(["stats", out, "--rows-per-step", "2", "--json"]) == 0
+    stats = sp.PackingStats.from_plan(plan, rows_per_step=2)
+    assert json.loads(capsys.readouterr().out) == stats.to_dict()
+    assert main(["verify", out]) == 0
+    assert capsys.readouterr() == (f"{out} is whole: 9 sequences in 5 rows\n", "")
+
+
+def test_every_option_reaches_prepare(data, monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def note(*args, **kwargs):
+        seen.append((args, kwargs))
+        return sp.load_prepared(tmp_path / "out")
+
+    assert main([*data, "10"]) == 0
+    monkeypatch.setattr("seqpack_jax.feeding.preparation.prepare", note)
+    defaults = {
+        "length_column": None,
+        "tokens_column": None,
+        "id_column": None,
+        "algorithm": "best_fit_decreasing",
+        "max_segments": None,
+        "over_length": sp.OverLength(),
+        "tolerance": 1,
+        "extra_tokens": 0,
+        "workers": len(os.sched_getaffinity(0)),
+        "map_shards": None,
+        "overwrite": False,
+    }
+    assert main("prepare --input a b/*.npy --output c --max-seq-len 12".split()) == 0
+    assert seen.pop() == ((["a", "b/*.npy"], "c", 12), defaults)
+    argv = (
+        "prepare --input a --tokens-column t --id-column i --max-seq-len 12 --output c "
+        "--algorithm worst_fit_decreasing --max-segments 7 --over-length split --overlap 3 "
+        "--min-tail 4 --positions continue --tolerance 5 --extra-tokens 2 --workers 3 --overwrite"
+    )
+    assert main(argv.split()) == 0
+    assert seen.pop() == (
+        (["a"], "c", 12),
+        {
+            **defaults,
+            "tokens_column": "t",
+            "id_column": "i",
+            "algorithm": "worst_fit_decreasing",
+            "max_segments": 7,
+            "over_length": sp.OverLength("split", overlap=3, min_tail=4, positions="continue"),
+            "tolerance": 5,
+            "extra_tokens": 2,
+            "workers": 3,
+            "overwrite": True,
+        },
+    )
+    monkeypatch.setattr("seqpack_jax.feeding.distributed.ray_map", lambda **options: options)
+    argv = "prepare --input a --output c --max-seq-len 12 --engine ray".split()
+    assert main(argv) == 0
+    assert seen.pop()[1] == {**defaults, "workers": 1, "map_shards": {"num_workers": None}}
+    assert main([*argv, "--workers", "5"]) == 0
+    assert seen.pop()[1] == {**defaults, "workers": 1, "map_shards": {"num_workers": 5}}
+
+
+def test_options_of_split_belong_to_it(data, capsys):
+    assert main([*data, "10", "--overlap", "3"]) == 2
+    assert "takes no overlap" in capsys.readouterr().err
+
+
+def test_errors_of_data_are_one_line(data, tmp_path, capsys):
+    assert main([*data, "6"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("seqpack-jax prepare: prepare: row 0 (row 0 of in.parquet) has length 7")
+    for command in ("stats", "verify"):
+        assert main([command, str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"seqpack-jax {command}: load_prepared: {tmp_path}/manifest.json")
+
+
+def test_loglevel(data, monkeypatch, capsys):
+    before = logging.getLogger("seqpack_jax").handlers[:]
+    for level, logs in (("warning", 0), ("DEBUG", 2)):
+        monkeypatch.setenv("LOGLEVEL", level)
+        assert main([*data, "10"]) == 0
+        assert len(capsys.readouterr().err.splitlines()) == logs
+    monkeypatch.setenv("LOGLEVEL", "LOUD")
+    assert main([*data, "10"]) == 2
+    assert "LOGLEVEL: 'LOUD' is no level" in capsys.readouterr().err
+    assert logging.getLogger("seqpack_jax").handlers == before
+
+
+# --- export ---------------------------------------------------------------------------------
+
+
+def test_options_reach_export(monkeypatch, capsys):
+    seen = []
+
+    def note(*args, **kwargs):
+        seen.append((args, kwargs))
+        return SimpleNamespace(files=[SimpleNamespace(rows=1200), SimpleNamespace(rows=34)])
+
+    monkeypatch.setattr("seqpack_jax.feeding.export.export_rows", note)
+    defaults = {
+        "to": "arrayrecord",
+        "epochs": 1,
+        "seed": 0,
+        "tokens_column": None,
+        "id_column": None,
+        "workers": len(os.sched_getaffinity(0)),
+        "overwrite": False,
+    }
+    assert main("export a --sequences b --output c".split()) == 0
+    assert seen.pop() == (("a", "b", "c"), defaults)
+    assert capsys.readouterr() == ("c: 1,234 rows in 2 files\n", "")
+    argv = "export a --sequences b --tokens-column t --id-column i --epochs 3 --seed 4"
+    assert main(f"{argv} --to parquet --output c --workers 2 --overwrite".split()) == 0
+    changed = {"to": "parquet", "epochs": 3, "seed": 4, "tokens_column": "t", "id_column": "i"}
+    assert seen.pop() == (("a", "b", "c"), {**changed, "workers": 2, "overwrite": True})
+
+
+def test_export_reads_back(tmp_path, capsys):
+    tokens = pa.array([list(range(1, n + 1)) for n in LENGTHS])
+    write(tmp_path / "in.parquet", LENGTHS, tokens=tokens)
+    folder = str(tmp_path)
+    argv = f"prepare --input {folder}/in.parquet --tokens-column tokens --max-seq-len 10"
+    assert main(f"{argv} --output {folder}/plan --workers 1".split()) == 0
+    argv = f"export {folder}/plan --sequences {folder}/in.parquet --to parquet --workers 1"
+    assert main(f"{argv} --output {folder}/rows --epochs 2".split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}/rows: 10 rows in 2 files"
+    table = pa.concat_tables(
+        [pq.read_table(path) for path in (tmp_path / "rows").glob("*.parquet")]
+    )
+    assert sum(map(sum, table["tokens"].to_pylist())) == 2 * sum(n * (n + 1) // 2 for n in LENGTHS)

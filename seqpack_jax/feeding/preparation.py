@@ -1,0 +1,334 @@
+"""Files of lengths -> a prepared directory, shard by shard, on one machine or a cluster.
+
+Each shard is prepared on its own, by any engine that has a `map`.  Counts add up; one plan is made
+for the whole; the pools stay where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+import numpy as np
+
+from seqpack_jax.errors import SeqpackError, check_int, fail
+from seqpack_jax.feeding.inputs import Columns, Shard, Source, list_shards
+from seqpack_jax.feeding.manifest import (
+    COUNTS,
+    MANIFEST,
+    POOLS,
+    TEMPLATES,
+    PreparationParameters,
+    canonical,
+    first_piece_id,
+    make_manifest,
+    problem_of,
+)
+from seqpack_jax.feeding.prepared import Prepared, load_prepared
+from seqpack_jax.feeding.progress import progress_bar
+from seqpack_jax.feeding.shards import ShardRecord, WorkDirectory, prepare_shard
+from seqpack_jax.feeding.storage import INT64, entry_of, map_int64, write_array, write_bytes
+from seqpack_jax.feeding.workers import local_map as local_map
+from seqpack_jax.planning.over_length import OverLength
+from seqpack_jax.planning.packers import pack_length_histogram
+
+__all__ = ["merge_shards", "prepare"]
+
+_LOG = logging.getLogger(__name__)
+_CALLER = "prepare"
+
+MapShards: TypeAlias = Callable[
+    [Callable[[Shard], ShardRecord], Sequence[Shard]], Iterator[ShardRecord]
+]
+
+
+def prepare(
+    source: Source,
+    output: str | os.PathLike[str],
+    max_seq_len: int,
+    *,
+    length_column: str | None = None,
+    tokens_column: str | None = None,
+    id_column: str | None = None,
+    algorithm: str = "best_fit_decreasing",
+    max_segments: int | None = None,
+    over_length: str | OverLength = "error",
+    tolerance: int = 1,
+    extra_tokens: int = 0,
+    workers: int = 1,
+    map_shards: MapShards | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Prepared:
+    """Plan a data set that lies in files, of any size, and write plan and pools to a directory.
+
+    The same input and parameters give the same bytes, whatever the workers, the engine, the order
+    of the files in their directory, and how often the run was interrupted.  `output` appears at
+    once when all is done; until then work goes on in the hidden directory beside it,
+    `.NAME.partial`.  A run that was killed is continued by the same call: finished shards are kept
+    as long as their input and the parameters are the same.
+
+    Time: O(rows): with two workers, about twice that of reading the column.  Memory: under 1 GB per
+    worker.
+
+    Args:
+        source: parquet, `.npy` or FASTA files: a path, a glob, a directory, or a list of these,
+            local or as URLs of fsspec.
+        output: a local (or shared) path for the prepared directory.
+        max_seq_len: capacity of a row in tokens.
+        length_column: for parquet: the integer column of lengths.
+        tokens_column: for parquet, instead: a list column, whose sizes are the lengths.
+        id_column: for parquet: an integer column of ids, each of them once; None numbers the rows.
+        algorithm: as in `pack_length_histogram`.
+        max_segments: as in `pack_length_histogram`.
+        over_length: the policy for sequences over `max_seq_len`, the name of an action or an
+            `OverLength`.
+        tolerance: as in `pack_length_histogram`.
+        extra_tokens: added to every length first, say 2 for BOS and EOS.
+        workers: processes on this machine.  Scripts that use more than one start them under
+            `if __name__ == "__main__":`.
+        map_shards: another engine instead of them, such as `ray_map()`: a function that gets a
+            picklable function and the shards, and yields the results in any order.
+        overwrite: whether a prepared directory of other data at `output` may be replaced.
+        progress: whether to show progress on stderr; None to do so on a terminal.
+
+    Returns:
+        What `load_prepared(output)` returns.
+
+    Raises:
+        SeqpackError: an argument is out of range, a file is damaged, a length or an id cannot be
+            used (the message names its row and file), another run prepares the same `output`, or
+            `output` holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> import seqpack_jax as sp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/lengths.npy", [7, 5, 5, 5, 5, 5, 3, 3, 3])
+        ...     prepared = prepare(f"{folder}/lengths.npy", f"{folder}/prepared", 10)
+        ...     epoch = sp.materialize_epoch(prepared.plan, prepared.pools)
+        ...     epoch[:].tolist(), prepared.manifest["efficiency"]
+        ([[0, 6], [1, 3], [2, 4], [5, 7], [8]], 0.82)
+    """
+    parameters = PreparationParameters(
+        max_seq_len,
+        Columns(length_column, tokens_column, id_column),
+        over_length,  # type: ignore[arg-type]  # the name of an action becomes a policy
+        extra_tokens,
+        algorithm,
+        max_segments,
+        tolerance,
+    ).checked(_CALLER)
+    workers = check_int(_CALLER, "workers", workers, 1)
+    target = _output_path(output)
+    work = WorkDirectory(target.parent / f".{target.name}.partial")
+    _check_output(target, parameters, None, overwrite)
+    with _locked(work, target):
+        shards = list_shards(
+            source, parameters.columns, work_dir=work.root / "lengths", caller=_CALLER
+        )
+        _check_output(target, parameters, shards, overwrite)
+        rows = sum(shard.rows for shard in shards)
+        _LOG.info("preparing rows: %s, shards: %s", f"{rows:,}", f"{len(shards):,}")
+        task = partial(prepare_shard, parameters=parameters, directory=os.fspath(work.root))
+        records = []
+        with progress_bar("rows", rows, progress) as advance:
+            for record in (map_shards or local_map(workers))(task, shards):
+                records.append(record)
+                advance(record.entry.rows)
+        merge_shards(work.root, records, parameters, target, overwrite=overwrite)
+    prepared = load_prepared(target)
+    plan = prepared.plan
+    _LOG.info("wrote %s: %s rows, %.2f%% full", target, f"{plan.num_bins:,}", 100 * plan.efficiency)
+    return prepared
+
+
+def merge_shards(
+    directory: str | os.PathLike[str],
+    records: Sequence[ShardRecord],
+    parameters: PreparationParameters,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Plan for all shards together, and turn the work directory into a prepared one.
+
+    Time: O(shards * max_len), and that of `pack_length_histogram`.
+
+    Args:
+        directory: where `prepare_shard` worked, on the file system of `output`; what is left of it
+            is removed.
+        records: what `prepare_shard` returned, in any order.
+        parameters: the same as there.
+        output: the prepared directory; it appears at once, whole.
+        overwrite: whether a prepared directory of other data may be replaced.
+
+    Raises:
+        SeqpackError: a record is missing or was made with other parameters, or `output` holds
+            something else.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/lengths.npy", [7, 5, 5, 3])
+        ...     parameters = PreparationParameters(max_seq_len=10)
+        ...     shards = list_shards(folder)
+        ...     records = [prepare_shard(s, parameters, f"{folder}/work") for s in shards]
+        ...     merge_shards(f"{folder}/work", records, parameters, f"{folder}/prepared")
+        ...     load_prepared(f"{folder}/prepared").plan.num_bins
+        2
+    """
+    parameters = parameters.checked(_CALLER)
+    work, target = WorkDirectory(Path(directory)), _output_path(output)
+    _check_output(target, parameters, None, overwrite)
+    records = sorted(records, key=lambda record: record.number)
+    _check_records(records, parameters)
+    (work.data / POOLS).mkdir(parents=True, exist_ok=True)
+    files = {name: entry for record in records for name, entry in record.files.items()}
+    total = np.zeros(1, np.int64)
+    for name, entry in files.items():
+        if name.endswith("starts.npy"):  # those of pieces too
+            counts = np.diff(map_int64(_CALLER, work.data / name, entry))
+            total = np.pad(total, (0, max(0, len(counts) - len(total))))
+            total[: len(counts)] += counts
+    plan = pack_length_histogram(
+        total,
+        parameters.max_seq_len,
+        algorithm=parameters.algorithm,
+        max_segments=parameters.max_segments,
+        tolerance=parameters.tolerance,
+    )
+    files[COUNTS] = write_array(work.data / COUNTS, total, INT64)
+    plan.save(work.data / TEMPLATES)
+    files[TEMPLATES] = entry_of(_CALLER, work.data / TEMPLATES)
+    manifest = make_manifest(parameters, [record.entry for record in records], files, plan)
+    for path in work.data.rglob("*"):  # what earlier runs left: half a file, more shards
+        if not path.is_dir() and path.relative_to(work.data).as_posix() not in files:
+            path.unlink()
+    write_bytes(work.data / MANIFEST, canonical(manifest).encode())
+    _publish(work, target, manifest["digest"], overwrite)
+
+
+def _check_records(records: Sequence[ShardRecord], parameters: PreparationParameters) -> None:
+    hint = "pass what prepare_shard returned for every shard, with these parameters"
+    numbers = [record.number for record in records]
+    if numbers != list(range(len(numbers))):
+        missing = min({*range(len(numbers) + 1)} - {*numbers})
+        fail(_CALLER, f"shard {missing} is missing, or another is there twice", hint)
+    for record in records:
+        if json.loads(record.key)[-1] != parameters.for_shards():
+            fail(_CALLER, f"shard {record.number} was prepared with other parameters", hint)
+    entries = [record.entry for record in records]
+    spans = [entry.id_range for entry in entries if entry.id_range is not None]
+    rows = sum(entry.rows for entry in entries)
+    if spans:
+        low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+        if high - low + 1 < rows:  # verify_prepared finds what this does not
+            problem = f"some ids are there twice: {rows} rows have ids from {low} to {high}"
+            fail(_CALLER, problem, "leave the id column out, or make its ids differ in all files")
+    pieces = sum(entry.pieces for entry in entries)
+    if pieces and first_piece_id(entries) + pieces > 2**63:
+        fail(_CALLER, f"above the highest id is no room for {pieces} pieces", "use lower ids")
+
+
+# --- the output directory ---------------------------------------------------------------------
+
+
+def _output_path(output: str | os.PathLike[str]) -> Path:
+    text = os.fspath(output)
+    if "://" in text:
+        hint = "prepare to a local directory and copy that; load_prepared reads URLs"
+        fail(_CALLER, f"output = {text!r} is no local path", hint)
+    return Path(os.path.realpath(text))  # what is behind a link is replaced, not the link
+
+
+@contextmanager
+def _locked(work: WorkDirectory, target: Path) -> Iterator[None]:
+    """Keep other runs for the same output away."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        fail(_CALLER, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
+    try:
+        work.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(_CALLER, f"{work.root} cannot be made ({error.strerror})", "choose another output")
+    lock = FileLock(work.root / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):  # it just finished, and removed the directory
+        fail(_CALLER, f"another run is preparing {target}", "wait for it, or choose another output")
+    try:
+        yield
+    finally:
+        if not any(work.records.glob("*")):  # nothing to go on with
+            (work.root / "lock").unlink(missing_ok=True)
+            _remove(work)
+        lock.release()
+
+
+def _check_output(
+    target: Path,
+    parameters: PreparationParameters,
+    shards: Sequence[Shard] | None,
+    overwrite: bool,
+) -> None:
+    """Raise before much is done if `target` can neither become the result nor be it already."""
+    if not target.exists():
+        return
+    ours = {MANIFEST, COUNTS, TEMPLATES, POOLS, "counts.json", "templates.json"}
+    if not target.is_dir() or {path.name for path in target.iterdir()} - ours:
+        fail(_CALLER, f"{target} exists and is no prepared directory", "choose another output")
+    if overwrite or not any(target.iterdir()):
+        return
+    saved = _load_output(target).manifest
+    parts = [
+        [[part.name, part.first_row, part.rows] for part in shard.parts] for shard in shards or ()
+    ]
+    if saved.get("parameters") != parameters.to_dict():
+        _refuse(target, "was prepared with other parameters")
+    if shards is not None and [shard["input"] for shard in saved["shards"]] != parts:
+        _refuse(target, "was prepared from another input")
+
+
+def _load_output(target: Path) -> Prepared:
+    try:
+        return load_prepared(target)
+    except SeqpackError as error:
+        _refuse(target, f"is damaged: {problem_of(error)}")
+
+
+def _refuse(target: Path, problem: str) -> NoReturn:
+    fail(_CALLER, f"{target} {problem}", "choose another output, or pass overwrite=True")
+
+
+def _publish(work: WorkDirectory, target: Path, digest: str, overwrite: bool) -> None:
+    """Rename the finished data to `target`, and remove what is left of the work."""
+    there = target.exists() and any(target.iterdir())
+    if not there or overwrite:
+        replaced = work.root / "replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            if there:
+                target.rename(replaced)
+            work.data.rename(target)
+        except OSError as error:
+            problem = f"{work.data} cannot be renamed to {target} ({error.strerror})"
+            fail(_CALLER, problem, "work on the file system of the output")
+    elif _load_output(target).manifest.get("digest") != digest:
+        _refuse(target, "holds another data set")
+    _remove(work)
+
+
+def _remove(work: WorkDirectory) -> None:
+    for name in ("data", "records", "lengths", "replaced"):
+        shutil.rmtree(work.root / name, ignore_errors=True)
+    with suppress(OSError):  # something else is in it
+        work.root.rmdir()

@@ -1,0 +1,589 @@
+"""Preparation: what it makes of files is what planning in memory makes, whatever happens to it."""
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import threading
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from input_files import refused, write
+from prepared_directories import assert_same, content, prepare_in_shards, write_lengths
+from strategies import algorithms, caps, over_length_packings
+
+import seqpack_jax as sp
+from seqpack_jax.feeding import shards
+from seqpack_jax.feeding.inputs import Columns, list_shards, read_shard
+from seqpack_jax.feeding.manifest import IdCoding, PreparationParameters
+from seqpack_jax.feeding.preparation import merge_shards, prepare
+from seqpack_jax.feeding.prepared import load_prepared
+from seqpack_jax.feeding.shards import prepare_shard
+from seqpack_jax.feeding.verification import verify_prepared
+from seqpack_jax.feeding.workers import local_map
+from seqpack_jax.planning.over_length import OverLength
+
+LENGTHS = [7, 5, 5, 5, 5, 5, 3, 3, 3, 9, 1, 1, 8, 2, 10]
+
+refused = partial(refused, caller="prepare")
+
+
+# --- the same as in memory ------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(
+    packing=over_length_packings(actions=("error", "drop", "truncate", "crop", "split")),
+    extra=st.integers(0, 2),
+    tolerance=st.integers(1, 4),
+    algorithm=algorithms,
+    cap=caps,
+    files=st.integers(1, 3),
+    max_rows=st.integers(1, 40),
+)
+def test_a_directory_holds_what_planning_in_memory_makes(
+    packing, extra, tolerance, algorithm, cap, files, max_rows
+):
+    lengths, capacity, policy = packing
+    if policy.action == "error":
+        capacity = max([capacity, *(n + extra for n in lengths)])
+    counts, pools = sp.length_histogram_from_lengths(
+        lengths, capacity, over_length=policy, extra_tokens=extra
+    )
+    planning = {"algorithm": algorithm, "max_segments": cap, "tolerance": tolerance}
+    plan = sp.pack_length_histogram(counts, capacity, **planning)
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_lengths(f"{folder}/in", lengths, files=files, row_group_size=4)
+        output = f"{folder}/out"
+        options = {"over_length": policy, "extra_tokens": extra, **planning}
+        prepared = prepare_in_shards(source, output, capacity, max_rows, **options)
+        assert_same(prepared, counts, plan, pools)
+        assert_same(verify_prepared(output), counts, plan, pools)
+        manifest = prepared.manifest
+        assert manifest["rows"] == len(lengths)
+        assert [shard["rows"] for shard in manifest["shards"]] == [
+            shard.rows for shard in list_shards(source, Columns("length"), max_rows=max_rows)
+        ]
+        assert manifest["sequences"] == plan.num_sequences
+        assert manifest["tokens"] == plan.num_tokens == counts @ np.arange(len(counts))
+        assert manifest["bins"] == plan.num_bins
+        assert manifest["lower_bound"] == plan.certificate.lower_bound
+        assert manifest["report"]["sequences"] == pools.report.sequences
+        assert sorted(os.listdir(folder)) == ["in", "out"]
+
+
+@settings(max_examples=30)
+@given(
+    packing=over_length_packings(actions=("error", "drop", "truncate", "split")),
+    low=st.sampled_from([0, -(2**63), -5, 2**40, 2**62]),
+    step=st.sampled_from([1, 3, 2**33]),
+    max_rows=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_ids_of_a_column_stand_for_the_rows(packing, low, step, max_rows, seed):
+    lengths, capacity, policy = packing
+    if policy.action == "error":
+        capacity = max([capacity, *lengths])
+    ids = low + step * np.random.default_rng(seed).permutation(len(lengths))
+    counts, rows = sp.length_histogram_from_lengths(lengths, capacity, over_length=policy)
+    first_piece = int(ids.max(initial=-1)) + 1
+
+    def named(row):
+        known = [*ids.tolist(), *range(first_piece, first_piece + len(rows.ids))]
+        return np.array([known[r] for r in row.tolist()], np.int64)
+
+    pieces = rows.pieces
+    if pieces is not None:
+        table = pieces.table[:].copy()
+        table[:, 0] = ids[table[:, 0]]
+        pieces = sp.Pieces(first_piece, table)
+    pools = sp.SequencePools(named(rows.ids), rows.starts, pieces, rows.over_length, rows.report)
+    plan = sp.pack_length_histogram(counts, capacity)
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_lengths(f"{folder}/in", lengths, ids)
+        options = {"id_column": "key", "over_length": policy}
+        prepared = prepare_in_shards(source, f"{folder}/out", capacity, max_rows, **options)
+        assert_same(prepared, counts, plan, pools)
+        assert_same(verify_prepared(f"{folder}/out"), counts, plan, pools)
+
+
+def test_ids_take_four_bytes_where_they_lie_close(tmp_path):
+    for name, ids, dtype in (
+        ("rows", None, "<u4"),
+        ("near", [2**60 + i for i in range(15)], "<u4"),
+        ("far", [2**33 * i for i in range(15)], "<i8"),
+    ):
+        source = write_lengths(tmp_path / name, LENGTHS, ids)
+        options = {} if ids is None else {"id_column": "key"}
+        prepare_in_shards(source, tmp_path / "out", 10, overwrite=True, **options)
+        for path in (tmp_path / "out" / "pools").glob("*.ids.npy"):
+            assert np.load(path).dtype == np.dtype(dtype)
+    npy = list((tmp_path / "out").rglob("*.npy"))
+    assert len(npy) == 1 + 2 * 3
+    for path in npy:  # other NumPys read the headers that are spelled out here
+        assert np.load(path, allow_pickle=False).ndim == 1
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 3, 300, 70_000, 70_001, 2**20]), max_size=60),
+    block=st.sampled_from([1, 7, 1 << 19]),
+    low=st.sampled_from([None, 0, 2**40]),
+)
+def test_grouping_is_a_stable_sort(lengths, block, low):
+    ids = None if low is None else low + np.arange(len(lengths))[::-1]
+    array = np.array(lengths, np.int32)
+    coding = IdCoding(low or 0, "<u4")
+    with mock.patch.object(shards, "_BLOCK", block):
+        starts, grouped = shards._group(np.where(array == 2, 0, array), ids, coding)
+    places = [i for i in np.argsort(array, kind="stable").tolist() if lengths[i] != 2]
+    expected = places if ids is None else [ids[i] - low for i in places]
+    assert grouped.tolist() == expected
+    assert grouped.dtype == np.uint32
+    for length, count in zip(*np.unique(array[array != 2], return_counts=True), strict=True):
+        assert starts[length + 1] - starts[length] == count
+
+
+def test_lists_and_npy_files_are_measured(tmp_path):
+    tokens = pa.array([list(range(n)) for n in LENGTHS])
+    table = write(tmp_path / "tokens.parquet", LENGTHS, tokens=tokens)
+    np.save(tmp_path / "lengths.npy", np.array(LENGTHS, np.uint8))
+    (tmp_path / "letters.fasta").write_text("".join(f">x\n{'M' * n}\n" for n in LENGTHS))
+    by_column = prepare(table, tmp_path / "a", 10, length_column="length")
+    by_list = prepare(table, tmp_path / "b", 10, tokens_column="tokens")
+    by_npy = prepare(tmp_path / "lengths.npy", tmp_path / "c", 10)
+    by_fasta = prepare(tmp_path / "letters.fasta", tmp_path / "d", 10)
+    for other in (by_list, by_npy, by_fasta):
+        assert_same(other, by_column.counts, by_column.plan, by_column.pools)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["a", "b", "c", "d"]
+
+
+def test_no_rows_at_all(tmp_path):
+    source = write_lengths(tmp_path / "in", [])
+    prepared = prepare(source, tmp_path / "out", 10, length_column="length")
+    assert (prepared.plan.num_bins, prepared.pools.num_sequences) == (0, 0)
+    assert prepared.manifest["shards"] == []
+    assert len(sp.materialize_epoch(prepared.plan, prepared.pools, 0)) == 0
+    verify_prepared(tmp_path / "out")
+
+
+# --- the same bytes -------------------------------------------------------------------------
+
+
+def test_bytes_depend_on_neither_place_nor_order_of_the_files(tmp_path):
+    for name, order in (("a", (0, 1, 2)), ("deeper/b", (2, 0, 1))):
+        for number in order:
+            write(f"{tmp_path}/{name}/in/{number}.parquet", LENGTHS[5 * number : 5 * number + 5])
+        prepare_in_shards(tmp_path / name / "in", tmp_path / name / "out", 10)
+    first = content(tmp_path / "a" / "out")
+    assert first == content(tmp_path / "deeper" / "b" / "out")
+    assert [b for b in first.values() if str(tmp_path).encode() in b] == []
+    assert sorted(first) == [
+        "counts.npy",
+        "manifest.json",
+        *(f"pools/0000{k}.{kind}.npy" for k in range(3) for kind in ("ids", "starts")),
+        "templates.npz",
+    ]
+    shard = json.loads(first["manifest.json"])["shards"][1]
+    assert (shard["input"], shard["rows"]) == ([["1.parquet", 0, 5]], 5)
+
+
+@pytest.mark.slow
+def test_bytes_do_not_depend_on_the_workers(tmp_path):
+    lengths = np.random.default_rng(0).integers(1, 30, 300)
+    source = write_lengths(tmp_path / "in", lengths, lengths.cumsum())
+    options = {"id_column": "key", "over_length": OverLength("split", overlap=2), "max_rows": 40}
+    for workers in (1, 2, 3):
+        output = tmp_path / str(workers)
+        prepare_in_shards(source, output, 16, workers=workers, **options)
+        assert content(output) == content(tmp_path / "1")
+
+
+def test_any_map_will_do(tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+
+    def backwards(function, shards):
+        return (function(shard) for shard in reversed(shards))
+
+    prepare_in_shards(source, tmp_path / "a", 10)
+    prepare_in_shards(source, tmp_path / "b", 10, map_shards=backwards)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_shards_by_hand(tmp_path):
+    """As users of Spark or Beam do it."""
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    parameters = PreparationParameters(10, Columns(length="length"), OverLength("drop"))
+    listed = list_shards(source, parameters.columns, max_rows=5)
+    records = [prepare_shard(shard, parameters, tmp_path / "work") for shard in listed]
+    (tmp_path / "work" / "mine").touch()
+    merge = partial(merge_shards, tmp_path / "work", parameters=parameters)
+    with refused("shard 1 is missing"):
+        merge([records[0], records[2]], output=tmp_path / "a")
+    with refused("shard 2 is missing, or another is there twice"):
+        merge([records[0], records[1], records[0]], output=tmp_path / "a")
+    with refused("shard 0 was prepared with other parameters"):
+        other = parameters._replace(extra_tokens=1)
+        merge_shards(tmp_path / "work", records, other, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    merge(records[::-1], output=tmp_path / "a")
+    prepare_in_shards(source, tmp_path / "b", 10, over_length="drop")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["mine"]
+
+
+# --- interrupted ----------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(number):
+    """A map that prepares so many shards and breaks down."""
+
+    def map_shards(function, shards):
+        for shard in shards[:number]:
+            yield function(shard)
+        raise Interrupted
+
+    return map_shards
+
+
+def reading(read):
+    """Note the numbers of the shards that are read."""
+
+    def note(shard, columns):
+        read.append(shard.number)
+        return read_shard(shard, columns)
+
+    return mock.patch.object(shards, "read_shard", note)
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Input of three shards, whose preparation broke down after two, and the expected bytes."""
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    prepare_in_shards(source, tmp_path / "undisturbed", 10)
+    with pytest.raises(Interrupted):
+        prepare_in_shards(source, tmp_path / "out", 10, map_shards=stop_after(2))
+    assert not (tmp_path / "out").exists()
+    return source
+
+
+def continue_in(tmp_path, source, capacity=10, **options):
+    """Prepare again; return which shards were read."""
+    read = []
+    with reading(read):
+        prepare_in_shards(source, tmp_path / "out", capacity, **options)
+    assert not (tmp_path / ".out.partial").exists()
+    return read
+
+
+def test_finished_shards_are_kept(interrupted, tmp_path):
+    assert continue_in(tmp_path, interrupted, algorithm="worst_fit_decreasing") == [2]
+    assert continue_in(tmp_path, interrupted, overwrite=True) == [0, 1, 2]
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("options", [{"extra_tokens": 1}, {"over_length": "drop"}])
+def test_shards_of_other_parameters_are_made_again(options, interrupted, tmp_path):
+    assert continue_in(tmp_path, interrupted, 11, **options) == [0, 1, 2]
+    prepare_in_shards(interrupted, tmp_path / "new", 11, **options)
+    assert content(tmp_path / "out") == content(tmp_path / "new")
+
+
+def test_shards_of_changed_files_are_made_again(interrupted, tmp_path):
+    write(f"{interrupted}/1.parquet", [4, 4, 4, 4, 4])
+    assert continue_in(tmp_path, interrupted) == [1, 2]
+    prepare_in_shards(interrupted, tmp_path / "new", 10)
+    assert content(tmp_path / "out") == content(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("data/pools/00001.ids.npy", lambda data: data[:-1]),
+        ("data/pools/00001.starts.npy", lambda data: data[:-1] + b"\1"),
+        ("data/pools/00001.ids.npy", None),
+        ("records/00001.json", lambda data: data[:-9]),
+        ("records/00001.json", lambda data: b"[]"),
+        ("records/00001.json", lambda data: b"{}"),
+        ("records/00001.json", lambda data: b"\xff"),
+        ("records/00001.json", lambda data: data.replace(b'"rows": 5', b'"rows": "5"')),
+        ("records/00001.json", lambda data: data.replace(b'"number": 1', b'"number": 0')),
+    ],
+)
+def test_damaged_work_is_made_again(name, damage, interrupted, tmp_path):
+    path = tmp_path / ".out.partial" / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    assert 1 in continue_in(tmp_path, interrupted)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_nothing_of_earlier_runs_gets_in(interrupted, tmp_path):
+    pools = tmp_path / ".out.partial" / "data" / "pools"
+    (pools / "00000.pieces.npy").write_bytes(b"of a run that split")
+    (pools / "00007.ids.npy").write_bytes(b"of a run with more shards")
+    (pools / "00000.ids.npy.1234.tmp").write_bytes(b"half a fi")
+    continue_in(tmp_path, interrupted)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_a_failure_without_results_leaves_nothing(tmp_path):
+    source = write_lengths(tmp_path / "in", [0, 1], files=1)
+    with refused("row 0"):
+        prepare(source, tmp_path / "out", 10, length_column="length")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_only_one_run_at_a_time(interrupted, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".out.partial" / "lock"), refused("another run is preparing", "out"):
+        prepare_in_shards(interrupted, tmp_path / "out", 10)
+    assert continue_in(tmp_path, interrupted) == [2]
+
+
+# --- what is at the output ------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(tmp_path):
+    """Input, and its prepared directory at `out`."""
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    prepare_in_shards(source, tmp_path / "out", 10)
+    return source
+
+
+def test_the_same_again_changes_nothing(there, tmp_path):
+    before = content(tmp_path / "out")
+    inode = (tmp_path / "out").stat().st_ino
+    assert continue_in(tmp_path, there) == [0, 1, 2]
+    assert content(tmp_path / "out") == before
+    assert (tmp_path / "out").stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity": 11},
+        {"algorithm": "worst_fit_decreasing"},
+        {"over_length": "drop"},
+        {"tolerance": 2},
+        {"max_segments": 3},
+    ],
+)
+def test_a_directory_of_other_parameters_is_not_replaced(options, there, tmp_path):
+    before = content(tmp_path / "out")
+    capacity = options.pop("capacity", 10)
+    with mock.patch.object(shards, "read_shard", side_effect=AssertionError("was read")):
+        with refused("out was prepared with other parameters", "overwrite=True"):
+            prepare_in_shards(there, tmp_path / "out", capacity, **options)
+    assert content(tmp_path / "out") == before
+    assert not (tmp_path / ".out.partial").exists()
+    prepare_in_shards(there, tmp_path / "out", capacity, **options, overwrite=True)
+    assert content(tmp_path / "out") != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_directory_of_another_input_is_not_replaced(there, tmp_path):
+    write(f"{there}/3.parquet", [4])
+    with mock.patch.object(shards, "read_shard", side_effect=AssertionError("was read")):
+        with refused("out was prepared from another input", "overwrite=True"):
+            prepare_in_shards(there, tmp_path / "out", 10)
+    os.unlink(f"{there}/3.parquet")
+    write(f"{there}/2.parquet", [4, 4, 4, 4, 4])
+    before = content(tmp_path / "out")
+    with refused("out holds another data set", "overwrite=True"):
+        prepare_in_shards(there, tmp_path / "out", 10)
+    assert content(tmp_path / "out") == before
+    assert continue_in(tmp_path, there, overwrite=True) == []  # its shards were kept
+
+
+def test_a_damaged_directory_is_not_taken_for_the_result(there, tmp_path):
+    path = tmp_path / "out" / "counts.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with refused("out is damaged", "counts.npy has 215 bytes, not 216", "overwrite=True"):
+        prepare_in_shards(there, tmp_path / "out", 10)
+    prepare_in_shards(there, tmp_path / "out", 10, overwrite=True)
+    verify_prepared(tmp_path / "out")
+
+
+def test_nothing_else_is_replaced(there, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "empty").mkdir()
+    for name in ("home", "file"):
+        with refused(f"{name} exists and is no prepared directory"):
+            prepare_in_shards(there, tmp_path / name, 10, overwrite=True)
+    with refused("'s3://bucket/out' is no local path"):
+        prepare_in_shards(there, "s3://bucket/out", 10)
+    with refused("cannot be made"):
+        prepare_in_shards(there, tmp_path / "file" / "out", 10)
+    prepare_in_shards(there, tmp_path / "empty", 10)
+    assert content(tmp_path / "empty") == content(tmp_path / "out")
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
+def test_a_link_is_followed(there, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").rename(tmp_path / "disk" / "out")
+    (tmp_path / "out").symlink_to("disk/out")
+    prepare_in_shards(there, tmp_path / "out", 11, overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert load_prepared(tmp_path / "out").plan.max_seq_len == 11
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite(there, tmp_path):
+    rename = Path.rename
+
+    def break_down(path, target):
+        if path.name == "data":
+            raise Interrupted
+        return rename(path, target)
+
+    with mock.patch.object(Path, "rename", break_down), pytest.raises(Interrupted):
+        prepare_in_shards(there, tmp_path / "out", 11, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    assert continue_in(tmp_path, there, 11) == []
+    assert load_prepared(tmp_path / "out").plan.max_seq_len == 11
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kind", "options", "words"),
+    [
+        ([4, 4, 0, 4], None, {}, ["row 7 (row 2 of 1.parquet) has length 0", "at least 1"]),
+        ([4, -3, 4, -1], None, {}, ["row 6 (row 1 of 1.parquet) has length -3", "(2 of the 4"]),
+        ([4, 4, 4, 11], None, {}, ["row 8 (row 3 of 1.parquet) has length 11", "is 10 (1 of the"]),
+        ([9], None, {"extra_tokens": 2}, ["row 5", "length 9 and 2 extra tokens", "is 10"]),
+        ([0], None, {"extra_tokens": 2, "over_length": "drop"}, ["row 5", "has length 0"]),
+        ([2**31], pa.int64(), {"over_length": "drop"}, ["row 5", f"at most {2**31 - 1}"]),
+        ([4, None], None, {}, ["null", "row 6 (row 1 of 1.parquet)"]),
+        ([2.5], pa.float64(), {}, ["1.parquet", "double"]),
+        (["4"], pa.string(), {}, ["1.parquet", "string"]),
+    ],
+)
+def test_bad_lengths(lengths, kind, options, words, tmp_path):
+    write(tmp_path / "in" / "0.parquet", [1, 2, 3, 4, 5])
+    write(tmp_path / "in" / "1.parquet", lengths, kind=kind)
+    with refused(*words):
+        prepare(tmp_path / "in", tmp_path / "out", 10, length_column="length", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_over_length_names_the_policies(tmp_path):
+    source = write_lengths(tmp_path / "in", [4, 700, 20], files=1)
+    with refused() as caught:
+        prepare(source, tmp_path / "out", 512, length_column="length")
+    assert str(caught.value) == (
+        "prepare: row 1 (row 1 of 0.parquet) has length 700, but max_seq_len is 512 (1 of the 3 "
+        "rows from 0 on are wrong). Hint: pass over_length='drop', 'truncate', 'crop' or 'split', "
+        "or raise max_seq_len."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_seq_len": 0}, "max_seq_len = 0"),
+        ({"max_seq_len": 2.5}, "max_seq_len = 2.5"),
+        ({"algorithm": "next_fit"}, "algorithm = 'next_fit'"),
+        ({"max_segments": 0}, "max_segments = 0"),
+        ({"over_length": "ignore"}, "over_length = 'ignore'"),
+        ({"over_length": OverLength("split", overlap=10)}, "overlap = 10"),
+        ({"tolerance": 0}, "tolerance = 0"),
+        ({"extra_tokens": -1}, "extra_tokens = -1"),
+        ({"workers": 0}, "workers = 0"),
+        ({"length_column": None}, "but neither"),
+        ({"length_column": 5}, "length_column = 5"),
+        ({"length_column": "size"}, "no column 'size'"),
+        ({"tokens_column": "tokens"}, "but both"),
+        ({"id_column": "key"}, "no column 'key'"),
+    ],
+)
+def test_bad_arguments(options, words, tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    options = {"max_seq_len": 10, "length_column": "length", **options}
+    with refused(words):
+        prepare(source, tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_ids_that_begin_anew_in_every_file(tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS, [0, 1, 2, 3, 4] * 3)
+    with refused("some ids are there twice: 15 rows have ids from 0 to 4"):
+        prepare(source, tmp_path / "out", 10, length_column="length", id_column="key")
+
+
+def test_ids_of_pieces_need_room(tmp_path):
+    source = write_lengths(tmp_path / "in", [9, 9], [0, 2**63 - 2], files=1)
+    options = {"length_column": "length", "id_column": "key", "over_length": "split"}
+    with refused("no room for 6 pieces"):
+        prepare(source, tmp_path / "out", 4, **options)
+    prepare(source, tmp_path / "out", 9, **options)
+
+
+# --- workers --------------------------------------------------------------------------------
+
+
+def refuse_the_third(number):
+    if number == 3:
+        raise sp.SeqpackError("docs: shard 3 is bad. Hint: mend it.")
+    return number
+
+
+def die_unless(pid, number):
+    if os.getpid() != pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait(0.05)
+    return number
+
+
+@pytest.mark.slow
+def test_errors_of_workers_are_those_of_this_process():
+    for workers in (1, 2, 3):
+        with pytest.raises(sp.SeqpackError, match=r"^docs: shard 3 is bad. Hint: mend it.$"):
+            list(local_map(workers)(refuse_the_third, range(5)))
+        assert sorted(local_map(workers)(refuse_the_third, [1, 2, 4])) == [1, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_worker_that_dies_is_an_error(workers):
+    die = partial(die_unless, os.getpid())
+    with refused("a worker process died", "finished shards are kept", caller="local_map"):
+        list(local_map(workers)(die, range(8)))
+
+
+# --- what is said ---------------------------------------------------------------------------
+
+
+def test_it_logs_and_is_quiet_otherwise(tmp_path, caplog, capsys):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    with caplog.at_level(logging.INFO, "seqpack_jax"):
+        prepare_in_shards(source, tmp_path / "out", 10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "preparing rows: 15, shards: 3",
+        f"wrote {tmp_path / 'out'}: 8 rows, 90.00% full",
+    ]
+    assert capsys.readouterr() == ("", "")
+    prepare_in_shards(source, tmp_path / "out", 10, progress=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "15/15" in printed.err
