@@ -1,8 +1,14 @@
-"""Print the lower bounds of the dependencies in pyproject.toml as exact requirements."""
+"""Print the lower bounds of the dependencies in pyproject.toml, and of some extras, exactly."""
 
 import tomllib
 from pathlib import Path
 
+EXTRAS = ("prepare", "fasta")  # what the tests that are not slow need
+
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-for requirement in project["dependencies"]:
-    print(requirement.replace(">=", "=="))
+requirements = list(project["dependencies"])
+for extra in EXTRAS:
+    requirements += project["optional-dependencies"][extra]
+for requirement in requirements:
+    if not requirement.startswith(project["name"]):
+        print(requirement.replace(">=", "=="))

@@ -13,15 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqpack_jax.errors import SeqpackError as SeqpackError
-    from seqpack_jax.feeding.batch import FlatSequences as FlatSequences
     from seqpack_jax.feeding.batch import PackedBatch as PackedBatch
     from seqpack_jax.feeding.batch import pack_batch as pack_batch
     from seqpack_jax.feeding.batch import unpack_batch as unpack_batch
+    from seqpack_jax.feeding.batch import validate_batch as validate_batch
+    from seqpack_jax.feeding.distributed import ray_map as ray_map
     from seqpack_jax.feeding.epoch import Epoch as Epoch
+    from seqpack_jax.feeding.epoch import EpochShard as EpochShard
     from seqpack_jax.feeding.epoch import materialize_epoch as materialize_epoch
+    from seqpack_jax.feeding.epoch import shuffle_bins as shuffle_bins
+    from seqpack_jax.feeding.export import export_rows as export_rows
+    from seqpack_jax.feeding.formats import Columns as Columns
+    from seqpack_jax.feeding.inputs import list_shards as list_shards
+    from seqpack_jax.feeding.manifest import PreparationParameters as PreparationParameters
+    from seqpack_jax.feeding.measuring import measure_lengths as measure_lengths
     from seqpack_jax.feeding.pipeline import PackedSource as PackedSource
     from seqpack_jax.feeding.pipeline import PackOperation as PackOperation
     from seqpack_jax.feeding.pipeline import pack_dataset as pack_dataset
+    from seqpack_jax.feeding.preparation import merge_shards as merge_shards
+    from seqpack_jax.feeding.preparation import prepare as prepare
+    from seqpack_jax.feeding.prepared import Prepared as Prepared
+    from seqpack_jax.feeding.prepared import load_prepared as load_prepared
+    from seqpack_jax.feeding.row_files import decode_row as decode_row
+    from seqpack_jax.feeding.sequences import FlatSequences as FlatSequences
+    from seqpack_jax.feeding.shards import prepare_shard as prepare_shard
+    from seqpack_jax.feeding.token_store import open_sequences as open_sequences
+    from seqpack_jax.feeding.token_store import write_flat as write_flat
+    from seqpack_jax.feeding.verification import verify_prepared as verify_prepared
+    from seqpack_jax.feeding.workers import local_map as local_map
     from seqpack_jax.model.segments import (
         build_packing_attention_bias as build_packing_attention_bias,
     )
@@ -30,12 +49,15 @@ if TYPE_CHECKING:
     from seqpack_jax.permutation import inverse_permute as inverse_permute
     from seqpack_jax.permutation import permute as permute
     from seqpack_jax.permutation import seed_from_components as seed_from_components
+    from seqpack_jax.planning.bins import Bins as Bins
     from seqpack_jax.planning.bounds import volume_bound as volume_bound
-    from seqpack_jax.planning.histogram import Pieces as Pieces
     from seqpack_jax.planning.histogram import SequencePools as SequencePools
     from seqpack_jax.planning.histogram import (
         length_histogram_from_lengths as length_histogram_from_lengths,
     )
+    from seqpack_jax.planning.over_length import OverLength as OverLength
+    from seqpack_jax.planning.over_length import OverLengthReport as OverLengthReport
+    from seqpack_jax.planning.over_length import Pieces as Pieces
     from seqpack_jax.planning.packers import greedy_pack_sequences as greedy_pack_sequences
     from seqpack_jax.planning.packers import heap_pack_sequences as heap_pack_sequences
     from seqpack_jax.planning.packers import pack_length_histogram as pack_length_histogram
@@ -43,7 +65,7 @@ if TYPE_CHECKING:
         pack_length_histogram_batched as pack_length_histogram_batched,
     )
     from seqpack_jax.planning.packers import pack_sequences as pack_sequences
-    from seqpack_jax.planning.plan import Bins as Bins
+    from seqpack_jax.planning.packers import sort_indices_by_length as sort_indices_by_length
     from seqpack_jax.planning.plan import Certificate as Certificate
     from seqpack_jax.planning.plan import PackingPlan as PackingPlan
     from seqpack_jax.planning.stats import PackingStats as PackingStats
@@ -54,20 +76,37 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ["SeqpackError"],
     "permutation": ["inverse_permute", "permute", "seed_from_components"],
+    "planning.over_length": ["OverLength", "OverLengthReport", "Pieces"],
+    "planning.histogram": ["SequencePools", "length_histogram_from_lengths"],
+    "planning.bins": ["Bins"],
+    "planning.plan": ["Certificate", "PackingPlan"],
     "planning.bounds": ["volume_bound"],
-    "planning.histogram": ["Pieces", "SequencePools", "length_histogram_from_lengths"],
+    "planning.stats": ["PackingStats"],
     "planning.packers": [
         "greedy_pack_sequences",
         "heap_pack_sequences",
         "pack_length_histogram",
         "pack_length_histogram_batched",
         "pack_sequences",
+        "sort_indices_by_length",
     ],
-    "planning.plan": ["Bins", "Certificate", "PackingPlan"],
-    "planning.stats": ["PackingStats"],
-    "feeding.batch": ["FlatSequences", "PackedBatch", "pack_batch", "unpack_batch"],
-    "feeding.epoch": ["Epoch", "materialize_epoch"],
+    "feeding.epoch": ["Epoch", "EpochShard", "materialize_epoch", "shuffle_bins"],
+    "feeding.sequences": ["FlatSequences"],
+    "feeding.batch": ["PackedBatch", "pack_batch", "unpack_batch", "validate_batch"],
     "feeding.pipeline": ["PackOperation", "PackedSource", "pack_dataset"],
+    "feeding.formats": ["Columns"],
+    "feeding.inputs": ["list_shards"],
+    "feeding.measuring": ["measure_lengths"],
+    "feeding.manifest": ["PreparationParameters"],
+    "feeding.shards": ["prepare_shard"],
+    "feeding.prepared": ["Prepared", "load_prepared"],
+    "feeding.verification": ["verify_prepared"],
+    "feeding.workers": ["local_map"],
+    "feeding.preparation": ["merge_shards", "prepare"],
+    "feeding.row_files": ["decode_row"],
+    "feeding.token_store": ["open_sequences", "write_flat"],
+    "feeding.export": ["export_rows"],
+    "feeding.distributed": ["ray_map"],
     "model.segments": [
         "build_packing_attention_bias",
         "build_packing_cu_seqlens",

@@ -19,16 +19,38 @@ ORDER = [
     "errors",
     "arrays",
     "permutation",
+    "planning.over_length",
+    "planning.counts",
     "planning.histogram",
+    "planning.bins",
     "planning.plan",
     "planning.heuristics",
     "planning.bounds",
     "planning.stats",
     "planning.packers",
     "feeding.epoch",
+    "feeding.sequences",
     "feeding.batch",
     "feeding.streaming",
     "feeding.pipeline",
+    "feeding.progress",
+    "feeding.formats",
+    "feeding.parquet",
+    "feeding.inputs",
+    "feeding.measuring",
+    "feeding.storage",
+    "feeding.manifest",
+    "feeding.shards",
+    "feeding.seed_directory",
+    "feeding.remote",
+    "feeding.prepared",
+    "feeding.verification",
+    "feeding.workers",
+    "feeding.preparation",
+    "feeding.row_files",
+    "feeding.token_store",
+    "feeding.export",
+    "feeding.distributed",
     "model.segments",
     "model.losses",
     "demo_model",
@@ -38,6 +60,19 @@ ORDER = [
 GROUND = ["errors", "arrays", "permutation"]
 WINGS = {"planning": ["planning"], "feeding": ["feeding", "planning"], "model": ["model"]}
 EDGES = ["demo_model", "demo", "cli"]
+# What a module of the feeding wing may import beside NumPy.
+OPTIONAL = {
+    "feeding.pipeline": {"grain"},
+    "feeding.progress": {"rich"},
+    "feeding.formats": {"dnaio", "fsspec"},
+    "feeding.parquet": {"fsspec", "pyarrow"},
+    "feeding.remote": {"filelock", "fsspec"},
+    "feeding.preparation": {"filelock"},
+    "feeding.row_files": {"array_record", "pyarrow"},
+    "feeding.token_store": {"filelock"},
+    "feeding.export": {"filelock"},
+    "feeding.distributed": {"ray"},
+}
 
 
 def modules():
@@ -94,8 +129,7 @@ def violations(module, source):
         libraries |= {"jax", "flax", "optax", "grain", "rich", "absl"}
     elif module.startswith("model."):
         libraries |= {"jax"}
-    elif module == "feeding.pipeline":
-        libraries |= {"grain"}
+    libraries |= OPTIONAL.get(module, set())
     return wrong | (outside - libraries)
 
 
@@ -143,13 +177,15 @@ def test_files_are_short(module):
 
 def loaded_by(statement):
     """Which of the heavy libraries a fresh Python holds after `statement`."""
-    code = f"import sys; {statement}; print(*({{'jax', 'flax', 'grain'}} & set(sys.modules)))"
+    heavy = {"jax", "flax", "grain", "pyarrow", "ray", "fsspec", "filelock", "dnaio", "rich"}
+    code = f"import sys; {statement}; print(*({heavy} & set(sys.modules)))"
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
 
 
 def test_importing_the_package_is_light():
     plan = "import seqpack_jax as sp; sp.pack_sequences([3, 4], 8); sp.SeqpackError"
     assert loaded_by(plan) == set()
+    assert loaded_by("import seqpack_jax as sp; sp.prepare; sp.export_rows; sp.ray_map") == set()
 
 
 def test_the_lightness_check_can_fail():

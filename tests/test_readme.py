@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README, flags=re.DOTALL)
+
+
+def blocks_of(page):
+    """Return each block of Python code, with the text behind it that it shall print."""
+    return re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", page, flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
 
 
 def run(blocks):
