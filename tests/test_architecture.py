@@ -66,6 +66,7 @@ OPTIONAL = {
     "feeding.progress": {"rich"},
     "feeding.formats": {"dnaio", "fsspec"},
     "feeding.parquet": {"fsspec", "pyarrow"},
+    "feeding.shards": {"pyarrow"},
     "feeding.remote": {"filelock", "fsspec"},
     "feeding.preparation": {"filelock"},
     "feeding.row_files": {"array_record", "pyarrow"},

@@ -151,6 +151,18 @@ def test_grouping_is_a_stable_sort(lengths, block, low):
         assert starts[length + 1] - starts[length] == count
 
 
+@pytest.mark.parametrize(
+    ("dtype", "longest"), [(np.uint16, 50), (np.uint16, 65_535), (np.int32, 40), (np.int32, 2**21)]
+)
+def test_grouping_many_is_a_stable_sort(dtype, longest):
+    """So many that pyarrow counts lengths instead of comparing them."""
+    lengths = np.random.default_rng(0).integers(1, longest + 1, 20_000).astype(dtype)
+    with mock.patch.object(shards, "_BLOCK", 3000):
+        starts, grouped = shards._group(lengths, None, IdCoding(0, "<u4"))
+    assert np.array_equal(grouped, np.argsort(lengths, kind="stable"))
+    assert np.array_equal(np.diff(starts), np.bincount(lengths))
+
+
 def test_lists_and_npy_files_are_measured(tmp_path):
     tokens = pa.array([list(range(n)) for n in LENGTHS])
     table = write(tmp_path / "tokens.parquet", LENGTHS, tokens=tokens)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from seqpack_jax.errors import check_choice, check_int, fail
 from seqpack_jax.feeding.manifest import canonical
 from seqpack_jax.feeding.pipeline import PackedSource
-from seqpack_jax.feeding.preparation import local_map
+from seqpack_jax.feeding.workers import local_map
 from seqpack_jax.feeding.prepared import Prepared, load_prepared
 from seqpack_jax.feeding.progress import progress_bar
 from seqpack_jax.feeding.row_files import (

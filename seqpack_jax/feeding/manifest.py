@@ -21,11 +21,7 @@ from typing import Any, NamedTuple
 
 from seqpack_jax.errors import MAX_LENGTH, SeqpackError, check_choice, check_int, fail
 from seqpack_jax.feeding.inputs import Columns
-from seqpack_jax.feeding.storage import AGAIN, INT64, UINT32
-from seqpack_jax.feeding.storage import FileEntry as FileEntry
-from seqpack_jax.feeding.storage import entry_of as entry_of
-from seqpack_jax.feeding.storage import npy_header as npy_header
-from seqpack_jax.feeding.storage import write_bytes as write_bytes
+from seqpack_jax.feeding.storage import AGAIN, INT64, UINT32, FileEntry
 from seqpack_jax.planning.over_length import OverLength, OverLengthReport, as_policy
 from seqpack_jax.planning.packers import ALGORITHMS
 from seqpack_jax.planning.plan import PackingPlan
