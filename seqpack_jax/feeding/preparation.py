@@ -268,10 +268,12 @@ def _locked(work: WorkDirectory, target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(work.records.glob("*")):  # nothing to go on with
-            (work.root / "lock").unlink(missing_ok=True)
-            _remove(work)
-        lock.release()
+        try:
+            if not any(work.records.glob("*")):  # nothing to go on with
+                (work.root / "lock").unlink(missing_ok=True)
+                _remove(work)
+        finally:
+            lock.release()
 
 
 def _check_output(
