@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPEATS = 5
-PACKAGES = ("seqpack_jax", "numpy", "jax", "grain", "lightbinpack")
+PACKAGES = ("seqpack_jax", "numpy", "jax", "grain", "pyarrow", "lightbinpack")
 
 
 class Row(NamedTuple):

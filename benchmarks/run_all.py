@@ -3,8 +3,9 @@
     python benchmarks/run_all.py [FILE]
 
 FILE is `benchmarks/RESULTS.md` unless named.  Each script runs as a process of its own, one after
-the other, on a machine that should have nothing else to do.  Takes about five minutes.  Set
-`SEQPACK_DATA` to the folder of the real length sets to have them packed too.
+the other, on a machine that should have nothing else to do.  Takes about six minutes.  Set
+`SEQPACK_DATA` to the folder of the real length sets to have them packed too, and `SEQPACK_BILLION`
+to anything to have 1e9 lengths prepared as well, once (12 GB of disk, five minutes).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SCRIPTS = (
     "how_fast_is_grain",
     "how_dense_is_each_packer",
     "how_fast_is_the_mask",
+    "how_fast_is_preparation",
 )
 
 
@@ -43,15 +45,19 @@ def head() -> str:
     )
 
 
-def section(name: str) -> tuple[str, bool]:
+def section(name: str, *options: str) -> tuple[str, bool]:
     """Run one script; return its section, and whether it ran to its end."""
-    command = f"benchmarks/{name}.py"
+    command = " ".join((f"benchmarks/{name}.py", *options))
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, command], cwd=HERE.parent, capture_output=True, text=True, check=False
+        [sys.executable, *command.split()],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     seconds = time.monotonic() - start
-    title = name.replace("_", " ").capitalize() + "?"
+    title = " ".join((name.replace("_", " ").capitalize() + "?", *options))
     verdicts = re.findall(r"\| (yes|no) +\|$", done.stdout, re.MULTILINE)
     reached = f"; {verdicts.count('yes')} of {len(verdicts)} targets reached" if verdicts else ""
     environment = "SEQPACK_DATA=... " if _uses_data(name) else ""
@@ -72,9 +78,12 @@ def main() -> int:
     """Run all scripts, write the file, and return 1 if a script failed."""
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "RESULTS.md"
     parts, whole = [head()], True
-    for name in SCRIPTS:
-        print(name, file=sys.stderr)
-        text, ran = section(name)
+    runs = [(name,) for name in SCRIPTS]
+    if "SEQPACK_BILLION" in os.environ:
+        runs.append(("how_fast_is_preparation", "--size", "1000000000", "--repeats", "1"))
+    for name, *options in runs:
+        print(name, *options, file=sys.stderr)
+        text, ran = section(name, *options)
         parts.append(text)
         whole &= ran
     target.write_text("\n".join(parts))

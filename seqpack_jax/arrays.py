@@ -17,7 +17,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.errors import fail
+from seqpack_jax.errors import MAX_TOTAL, check_integers, fail
 
 __all__ = [
     "ArrayParts",
@@ -32,6 +32,7 @@ __all__ = [
     "to_portable",
 ]
 
+_INT64_MAX = np.iinfo(np.int64).max
 _ALIGNMENT = 64  # bytes: arrays in a mapped file start at a multiple
 
 
@@ -67,6 +68,14 @@ def narrow(values: ArrayLike) -> NDArray[Any]:
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
+def _as_int64(caller: str, name: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    """Return integers as int64; those that it does not hold are an error and never wrap."""
+    if array.dtype.kind == "u" and array.itemsize == 8 and array.size:
+        if (largest := int(array.max())) > _INT64_MAX:
+            fail(caller, f"{name} holds {largest}, beyond int64", "use ids below 2**63")
+    return array.astype(np.int64, copy=False)
+
+
 class MappedArray(NamedTuple):
     """Where the bytes of a memory-mapped array are: enough to map it again elsewhere."""
 
@@ -98,7 +107,7 @@ def to_portable(array: NDArray[Any]) -> NDArray[Any] | MappedArray:
         return array
     start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     offset = int(owner.offset) + start
-    return MappedArray(str(owner.filename), array.dtype.str, array.shape, offset)
+    return MappedArray(os.fsdecode(owner.filename), array.dtype.str, array.shape, offset)
 
 
 def from_portable(value: NDArray[Any] | MappedArray) -> NDArray[Any]:
@@ -117,13 +126,14 @@ class ArrayParts:
     about 15 bytes each.
 
     Attributes:
-        parts: integer arrays `[n_i]`, or `[n_i, c]` of equal `c`.
+        parts: integer arrays `[n_i]`, or `[n_i, c]` of equal `c`; or a Python `range`, which takes
+            no memory.
         bases: int64 `[number of parts]`, added to the values of each part.
         starts: int64 `[number of parts + 1]`, where each part starts in the whole.
 
     Raises:
-        SeqpackError: a part is not of integers, parts differ in `c`, or there are other than one
-            base per part.
+        SeqpackError: a part or a base is not of integers, parts differ in `c`, or there are other
+            than one base per part; when reading, a value of dtype uint64 is 2**63 or more.
 
     Example:
         >>> array = ArrayParts([np.array([2, 0]), np.array([1, 0, 2], np.uint8)], bases=[0, 10])
@@ -131,16 +141,22 @@ class ArrayParts:
         (5, [12, 2], [0, 11, 10])
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]], bases: ArrayLike | None = None) -> None:
-        self.parts = tuple(parts)
+    def __init__(
+        self, parts: Sequence[NDArray[Any] | range], bases: ArrayLike | None = None
+    ) -> None:
+        self.parts: tuple[Any, ...] = tuple(parts)
         for k, part in enumerate(self.parts):
-            if part.dtype.kind not in "iu" or part.shape[1:] != self._row_shape:
-                problem = f"part {k} has dtype {part.dtype} and shape {part.shape}"
+            if isinstance(part, range):
+                if max(map(abs, (part.start, part.stop, part.step))) >= MAX_TOTAL:
+                    fail("ArrayParts", f"part {k} is {part}", "pass a range inside 2**62")
+            dtype, shape = _kind(part)
+            if dtype.kind not in "iu" or shape[1:] != self._row_shape:
+                problem = f"part {k} has dtype {dtype} and shape {shape}"
                 fail("ArrayParts", problem, "pass integer arrays [n], or [n, c] of equal c")
         self.starts = offsets_of([len(part) for part in self.parts])
         self.bases = np.zeros(len(self.parts), np.int64)
         if bases is not None:
-            given = np.asarray(bases, np.int64)
+            given = _as_int64("ArrayParts", "bases", check_integers("ArrayParts", "bases", bases))
             if given.shape != self.bases.shape:
                 problem = f"there are {len(self.parts)} parts, and bases of shape {given.shape}"
                 fail("ArrayParts", problem, "pass one base per part")
@@ -148,7 +164,15 @@ class ArrayParts:
 
     @property
     def _row_shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape[1:] if self.parts else ()
+        return _kind(self.parts[0])[1][1:] if self.parts else ()
+
+    def _read(self, k: int, where: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        part = self.parts[k]
+        if isinstance(part, range):
+            place = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+            return place * part.step + part.start
+        # Plain arrays: indexing a memmap object takes longer than the read.
+        return _as_int64("ArrayParts", f"part {k}", np.asarray(part)[where])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -184,20 +208,19 @@ class ArrayParts:
         values = np.empty((len(place), *self._row_shape), np.int64)
         for k in np.flatnonzero(counts).tolist():
             here = order[ends[k] - counts[k] : ends[k]]
-            # Plain arrays: indexing a memmap object takes longer than the read.
-            found = np.asarray(self.parts[k])[place[here] - self.starts[k]]
-            values[here] = found.astype(np.int64, copy=False) + self.bases[k]
+            values[here] = self._read(k, place[here] - self.starts[k]) + self.bases[k]
         return values
 
     def _slice(self, start: int, stop: int) -> NDArray[np.int64]:
         values = np.empty((stop - start, *self._row_shape), np.int64)
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         for k in range(first, len(self.parts)):
-            low, high = max(start, int(self.starts[k])), min(stop, int(self.starts[k + 1]))
+            before = int(self.starts[k])
+            low, high = max(start, before), min(stop, int(self.starts[k + 1]))
             if low >= stop:
                 break
-            part = np.asarray(self.parts[k])[low - self.starts[k] : high - self.starts[k]]
-            np.add(part, self.bases[k], out=values[low - start : high - start], casting="unsafe")
+            part = self._read(k, slice(low - before, high - before))
+            np.add(part, self.bases[k], out=values[low - start : high - start])
         return values
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
@@ -207,37 +230,57 @@ class ArrayParts:
         """Store maps by path, in columns, so that thousands of parts stay small."""
         maps, others = [], {}
         for k, part in enumerate(self.parts):
-            portable = to_portable(part)
+            portable = part if isinstance(part, range) else to_portable(part)
             if not isinstance(portable, MappedArray):
-                if part.size:  # an empty part is nothing but its shape
+                dtype, shape = _kind(part)
+                if len(part):  # an empty part is nothing but its shape
                     others[k] = part
-                portable = MappedArray("", part.dtype.str, part.shape, 0)
+                portable = MappedArray("", dtype.str, shape, 0)
             maps.append(portable)
-        root = next((os.path.dirname(each.path) for each in maps if each.path), "")
-        names = [each.path and os.path.relpath(each.path, root) for each in maps]
+        # What names begin with, letter by letter: a relative path with `..` in it could lead
+        # elsewhere behind a symbolic link.
+        root = os.path.commonprefix([each.path for each in maps if each.path])  # noqa: RUF071
+        names = [each.path[len(root) :] for each in maps]
         return {
             "root": root,
-            "names": zlib.compress("\0".join(names).encode()),
+            "names": zlib.compress(os.fsencode("\0".join(names))),
             "dtypes": zlib.compress("\0".join(each.dtype for each in maps).encode()),
-            "shapes": narrow([each.shape for each in maps]),
-            "offsets": narrow([each.offset for each in maps]),
-            "bases": self.bases,
+            "shapes": [_squeezed(column) for column in zip(*(e.shape for e in maps), strict=True)],
+            "offsets": _squeezed([each.offset for each in maps]),
+            # As differences (modulo 2**64), since bases often rise evenly.
+            "bases": _squeezed(np.diff(self.bases, prepend=0).view(np.uint64)),
             "others": others,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         columns = (
-            zlib.decompress(state["names"]).decode().split("\0"),
+            os.fsdecode(zlib.decompress(state["names"])).split("\0"),
             zlib.decompress(state["dtypes"]).decode().split("\0"),
-            state["shapes"].tolist(),
-            state["offsets"].tolist(),
+            zip(*(_unsqueezed(column).tolist() for column in state["shapes"]), strict=True),
+            _unsqueezed(state["offsets"]).tolist(),
         )
         parts = []
         for k, (name, dtype, shape, offset) in enumerate(zip(*columns, strict=False)):
-            path = os.path.join(state["root"], name)
-            mapped = MappedArray(path, dtype, tuple(shape), offset)
+            mapped = MappedArray(state["root"] + name, dtype, shape, offset)
             parts.append(state["others"][k] if k in state["others"] else from_portable(mapped))
-        self.__init__(parts, state["bases"])  # type: ignore[misc]
+        bases = np.cumsum(_unsqueezed(state["bases"]), dtype=np.uint64).view(np.int64)
+        self.__init__(parts, bases)  # type: ignore[misc]
+
+
+def _kind(part: NDArray[Any] | range) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return the dtype and the shape of a part."""
+    if isinstance(part, range):
+        return np.dtype(np.int64), (len(part),)
+    return part.dtype, part.shape
+
+
+def _squeezed(values: ArrayLike) -> tuple[str, bytes]:
+    array = narrow(values)
+    return array.dtype.str, zlib.compress(array.tobytes())
+
+
+def _unsqueezed(squeezed: tuple[str, bytes]) -> NDArray[Any]:
+    return np.frombuffer(zlib.decompress(squeezed[1]), squeezed[0])
 
 
 class _GroupIndex(NamedTuple):
@@ -340,6 +383,8 @@ def map_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, NDA
         KeyError, ValueError, OSError, BadZipFile: the file is damaged, or not such a file.
     """
     arrays = {}
+    # `abspath` takes `link/..` for nothing, even where the link leads elsewhere.
+    absolute = (os.path.realpath if ".." in os.fsdecode(path) else os.path.abspath)(path)
     with open(path, "rb") as file, ZipFile(file) as members:
         for name in names:
             member = members.getinfo(f"{name}.npy")
@@ -351,7 +396,7 @@ def map_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, NDA
                 raise ValueError(f"{name} has a bad header: {error}") from error
             if dtype.kind not in "iu":
                 raise ValueError(f"{name} has dtype {dtype}")
-            mapped = MappedArray(os.path.abspath(path), dtype.str, shape, file.tell())
+            mapped = MappedArray(absolute, dtype.str, shape, file.tell())
             arrays[name] = np.asarray(from_portable(mapped))
     return arrays
 

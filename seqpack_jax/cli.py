@@ -281,8 +281,9 @@ _EXPORT: Arguments = {
     "directory": _DIRECTORY,
     "--sequences": {
         "required": True,
+        "nargs": "+",
         "metavar": "PATH",
-        "help": "where the tokens are: parquet or FASTA files, as for prepare",
+        "help": "where the tokens are: parquet or FASTA files, as for prepare, or a token store",
     },
     "--tokens-column": _name("of parquet files (default: that of the preparation)"),
     "--id-column": _name("of parquet files (default: that of the preparation)"),

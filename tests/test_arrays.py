@@ -1,5 +1,6 @@
 """Arrays in parts read as one; memory maps travel by path, and other arrays by value."""
 
+import os
 import pickle
 import zipfile
 
@@ -84,11 +85,15 @@ def parts(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     row = draw(st.sampled_from([(), (3,)]))
     sizes = draw(st.lists(st.sampled_from([0, 1, 2, 7]), max_size=8))
-    dtypes = rng.choice([np.uint8, np.int32, np.int64], len(sizes))
+    dtypes = rng.choice([np.uint8, np.int32, np.int64, np.uint64], len(sizes))
     arrays = [rng.integers(0, 200, (n, *row)).astype(t) for n, t in zip(sizes, dtypes, strict=True)]
+    if not row and draw(st.booleans()):
+        arrays = [
+            each if k % 2 else range(9, 9 + 3 * len(each), 3) for k, each in enumerate(arrays)
+        ]
     bases = rng.integers(-(10**12), 10**12, len(sizes)) if draw(st.booleans()) else None
     shift = np.zeros(len(sizes), np.int64) if bases is None else bases
-    whole = [array.astype(np.int64) + b for array, b in zip(arrays, shift, strict=True)]
+    whole = [np.array(array, np.int64) + b for array, b in zip(arrays, shift, strict=True)]
     return ArrayParts(arrays, bases), np.concatenate(
         [np.zeros((0, *(row if sizes else ())), int), *whole]
     )
@@ -139,6 +144,58 @@ def test_parts_that_do_not_fit_together():
         ArrayParts([np.zeros(3)])
     with pytest.raises(sp.SeqpackError, match=r"2 parts, and bases of shape \(1,\)"):
         ArrayParts([rows, rows], bases=[5])
+    with pytest.raises(sp.SeqpackError, match="bases has dtype float64"):
+        ArrayParts([rows], bases=[0.7])
+    with pytest.raises(sp.SeqpackError, match="bases holds 9223372036854775808, beyond int64"):
+        ArrayParts([rows], bases=[2**63])
+    with pytest.raises(sp.SeqpackError, match=r"part 1 has dtype int64 and shape \(4,\)"):
+        ArrayParts([rows, range(4)])
+    for part in (range(2**62, 2**62), range(2**70), range(0, 5, 2**70), range(-(2**63), 0)):
+        with pytest.raises(sp.SeqpackError, match=r"part 0 is range\(.* inside 2\*\*62"):
+            ArrayParts([part])
+
+
+@pytest.mark.parametrize("index", [slice(None), [1, 0]])
+def test_unsigned_ids_stay_exact(index):
+    array = ArrayParts([np.array([2**53 + 1], np.uint64), np.array([7], np.uint64)], bases=[1, 0])
+    assert sorted(array[index].tolist()) == [7, 2**53 + 2]
+    array = ArrayParts([np.array([5]), np.array([2**63 + 1], np.uint64)])
+    assert array[:1].tolist() == [5]
+    with pytest.raises(sp.SeqpackError, match="part 1 holds 9223372036854775809, beyond int64"):
+        array[index]
+
+
+def test_a_range_takes_no_memory():
+    array = ArrayParts([range(10**12), range(5, -5, -2)], bases=[3, 10**13])
+    assert array[[0, 10**12 - 1, -1]].tolist() == [3, 10**12 + 2, 10**13 - 3]
+    assert array[10**12 - 1 : 10**12 + 2].tolist() == [10**12 + 2, 10**13 + 5, 10**13 + 3]
+    data = pickle.dumps(array)
+    assert len(data) < 1000
+    assert pickle.loads(data)[[0, -2]].tolist() == [3, 10**13 - 1]
+
+
+def test_files_behind_links_and_with_odd_names(tmp_path):
+    """`link/../b` is not `b`: no path may be changed as text."""
+    for folder in ("a/deep", "a/b", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a/deep")
+    odd = os.fsencode(tmp_path) + b"/b/\xff\xfe.npy"
+    for value, path in enumerate([tmp_path / "a/deep/x.npy", tmp_path / "b/y.npy", odd]):
+        with open(path, "wb") as file:
+            np.save(file, np.full(3, value))
+    np.save(tmp_path / "a" / "b" / "y.npy", np.full(3, 9))
+    paths = [str(tmp_path / "link/x.npy"), str(tmp_path / "b/y.npy"), os.fsdecode(odd)]
+    maps = [np.load(path, mmap_mode="r") for path in paths]
+    for order in ([0, 1, 2], [2, 1, 0], [0, 1], [2], [1]):
+        array = ArrayParts([maps[k] for k in order])
+        again = pickle.loads(pickle.dumps(array))
+        assert again[:].tolist() == [k for k in order for _ in range(3)]
+        assert isinstance(again.parts[0], np.memmap)
+    save_npz(tmp_path / "a" / "z.npz", {"z": np.arange(4)})
+    save_npz(tmp_path / "z.npz", {"z": np.arange(4) + 90})
+    mapped = map_npz(f"{tmp_path}/link/../z.npz", ["z"])["z"]
+    assert mapped.tolist() == [0, 1, 2, 3]
+    assert from_portable(pickle.loads(pickle.dumps(to_portable(mapped)))).tolist() == [0, 1, 2, 3]
 
 
 def test_parts_of_files_pickle_by_path(tmp_path):

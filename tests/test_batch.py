@@ -59,7 +59,9 @@ def test_unpack_separates_rows_and_skips_inner_padding():
     assert [t.tolist() for t in unpacked] == [[0, 1], [3], [5, 6], [8], [9, 10, 11]]
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, ">u8", np.uint64]
+)
 def test_integer_dtypes_come_out_as_int32(dtype):
     sequences = random_sequences([3, 2], vocabulary=100)
     batch = sp.pack_batch(
@@ -67,6 +69,12 @@ def test_integer_dtypes_come_out_as_int32(dtype):
     )
     assert batch.tokens.dtype == np.int32
     assert batch.tokens.tolist() == [[*sequences[0].tolist(), *sequences[1].tolist()]]
+
+
+def test_uint64_goes_with_signed_integers():
+    sequences = [np.array([1, 2, 2**31 - 1], np.uint64), np.array([-4, 5])]
+    batch = sp.pack_batch(sp.pack_sequences([3, 2], 6), sequences, 6, lengths=[3, 2])
+    assert batch.tokens.tolist() == [[1, 2, 2**31 - 1, -4, 5, 0]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,10 @@ def test_integer_dtypes_come_out_as_int32(dtype):
         ([[[1, 2, 3]], [4, 5]], "sequence 0 has shape (1, 3)"),
         ([[1, 2, 3], [4, 5, 6]], "sequence 1 has 3 tokens, but 2 were planned (1 of 2"),
         ([[1, 2, 3, 9], [4]], "sequence 0 has 4 tokens, but 3 were planned (2 of 2"),
-        ([np.array([1, 2, 3], np.uint64), np.array([4, 5])], "common dtype float64"),
+        (
+            [np.array([1, 2, 2**31], np.uint64), np.array([4, 5])],
+            "the token 2147483648, beyond int",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(sequences, part):
@@ -149,6 +160,15 @@ def test_a_batch_is_a_pytree():
     assert type(doubled) is sp.PackedBatch
     assert doubled.tokens.tolist() == [[2, 4, 0]]
     assert set(batch.asdict()) == {"tokens", "segment_ids", "positions"}
+
+
+@pytest.mark.parametrize("name", ["tokens", "segment_ids", "positions"])
+def test_a_feature_takes_no_name_of_an_array(name):
+    batch = sp.pack_batch(sp.pack_sequences([2], 3), [[1, 2]], 3, lengths=[2])
+    weights = np.ones((1, 3))
+    assert batch._replace(features={"weights": weights}).asdict()["weights"] is weights
+    with pytest.raises(sp.SeqpackError, match=f"asdict: a feature is named '{name}'"):
+        batch._replace(features={"weights": weights, name: weights}).asdict()
 
 
 # --- validate_batch ---------------------------------------------------------------------------

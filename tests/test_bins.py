@@ -32,6 +32,13 @@ def test_bins_are_a_sequence_of_views():
             bins[index]
 
 
+def test_bins_without_offsets_are_no_bins():
+    bins = sp.Bins(np.zeros(0, np.int64), np.zeros(0, np.int64), 8)
+    for part in (bins, bins[:], bins[3:1], bins[0:2][:]):
+        assert len(part) == 0
+        assert part.tolist() == []
+
+
 def test_narrow_indices_do_not_wrap():
     bins = sp.Bins(np.arange(600), np.arange(0, 601, 2), 8)
     assert bins[np.uint8(255)].tolist() == [510, 511]
@@ -60,10 +67,10 @@ def test_bins_check_sees_damage():
 def test_slices_keep_the_policy():
     pieces = Pieces(3, np.array([[1, 0, 8, 9], [1, 8, 9, 9]]))
     policy, report = OverLength("split"), OverLengthReport("split", 1, 9, 0, 0, 2)
-    bins = sp.Bins(np.array([3, 0, 2, 4]), np.array([0, 1, 4]), 8, pieces, policy, report)
+    bins = sp.Bins(np.array([3, 0, 2, 4]), np.array([0, 1, 4]), 8, pieces, policy, report, 7)
     for part in (bins[1:], bins[:0], bins[:]):
         assert part.pieces is pieces
-        assert (part.over_length, part.report) == (policy, report)
+        assert (part.over_length, part.report, part.key) == (policy, report, 7)
     bins.check([5, 9, 2])
 
 

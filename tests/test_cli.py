@@ -269,12 +269,12 @@ def test_options_reach_export(monkeypatch, capsys):
         "overwrite": False,
     }
     assert main("export a --sequences b --output c".split()) == 0
-    assert seen.pop() == (("a", "b", "c"), defaults)
+    assert seen.pop() == (("a", ["b"], "c"), defaults)
     assert capsys.readouterr() == ("c: 1,234 rows in 2 files\n", "")
-    argv = "export a --sequences b --tokens-column t --id-column i --epochs 3 --seed 4"
+    argv = "export a --sequences b d --tokens-column t --id-column i --epochs 3 --seed 4"
     assert main(f"{argv} --to parquet --output c --workers 2 --overwrite".split()) == 0
     changed = {"to": "parquet", "epochs": 3, "seed": 4, "tokens_column": "t", "id_column": "i"}
-    assert seen.pop() == (("a", "b", "c"), {**changed, "workers": 2, "overwrite": True})
+    assert seen.pop() == (("a", ["b", "d"], "c"), {**changed, "workers": 2, "overwrite": True})
 
 
 def test_export_reads_back(tmp_path, capsys):

@@ -128,6 +128,30 @@ def test_a_plan_of_other_sequences_is_refused(lengths, part):
         sp.materialize_epoch(plan.to_counter(), mapping(pools))
 
 
+@pytest.mark.parametrize("tolerance", [1, 3, 8])
+def test_pools_of_longer_sequences_are_refused(tolerance):
+    """With a tolerance, they would pass for sequences of `max_seq_len` tokens."""
+    _, pools = sp.length_histogram_from_lengths([3, 9, 9, 12])
+    plan = sp.pack_length_histogram(pools.counts, 8, tolerance=tolerance, over_length="truncate")
+    message = (
+        r"hold 2 sequences of length 9, but the max_seq_len of the plan is 8 \(3 sequences .* "
+        "Hint: use the same max_seq_len and over_length policy"
+    )
+    with pytest.raises(sp.SeqpackError, match=message):
+        sp.materialize_epoch(plan, pools)
+    with pytest.raises(sp.SeqpackError, match=message):
+        sp.PackedSource(plan, pools, [np.arange(n) for n in (3, 9, 9, 12)], batch_size=1)
+
+
+def test_bins_carry_the_key_of_their_epoch():
+    plan, pools = planned([5, 5, 3], 8)
+    epochs = [sp.materialize_epoch(plan, pools, 4, epoch=number) for number in (0, 1)]
+    assert epochs[0].key != epochs[1].key
+    for epoch in (*epochs, sp.materialize_epoch(plan, pools)):
+        for bins in (epoch[:], epoch[1:2][:], epoch.bins([1]), epoch.shard(1, 3)[:]):
+            assert bins.key == epoch.key
+
+
 def mapping(pools):
     """The pools in the seed's form."""
     return {int(length): pools[length] for length in np.flatnonzero(pools.counts)}
@@ -176,11 +200,9 @@ def test_pools_that_are_memory_maps_stay_such(tmp_path):
 def test_pools_of_shards_act_as_one():
     lengths = np.random.default_rng(0).integers(1, 33, 900)
     plan, pools = planned(lengths, 32)
-    parts = []
-    for start in range(0, 900, 300):
-        _, part = sp.length_histogram_from_lengths(lengths[start : start + 300])
-        parts.append(sp.SequencePools(part.ids + start, part.starts))
-    sharded = sp.SequencePools.from_shards(parts)
+    starts = [0, 300, 600]
+    parts = [sp.length_histogram_from_lengths(lengths[i : i + 300])[1] for i in starts]
+    sharded = sp.SequencePools.from_shards(parts, bases=starts)
     for seed in (None, 4):
         want = sp.materialize_epoch(plan, pools, seed)
         epoch = sp.materialize_epoch(plan, sharded, seed)

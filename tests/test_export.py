@@ -1,13 +1,16 @@
 """Exported files: the rows of `PackedSource`, in order, whatever the workers and interruptions."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import grain
 import numpy as np
@@ -15,6 +18,7 @@ import pyarrow as pa
 import pytest
 from filelock import FileLock
 from pyarrow import parquet
+from test_kill import Killed, StepCounter
 
 import seqpack_jax as sp
 from seqpack_jax.feeding import export as module
@@ -238,15 +242,39 @@ class Failing:
         return self.sequences[index]
 
 
+def known(sequences):
+    """The same sequences, as a source whose fingerprint is known."""
+    tokens, sizes = flat(sequences)
+    return sp.FlatSequences(tokens, np.cumsum([0, *sizes]))
+
+
+@contextlib.contextmanager
+def stopped_after(files):
+    """Let an export of one process break down after so many files."""
+    write, calls = module._write_file, []
+
+    def counted(job, task):
+        if len(calls) == files:
+            raise RuntimeError("the disk is gone")
+        calls.append(task)
+        return write(job, task)
+
+    with (
+        mock.patch.object(module, "_write_file", counted),
+        pytest.raises(RuntimeError, match="the disk is gone"),
+    ):
+        yield
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_finished_files_are_kept(tmp_path, to):
     lengths = lengths_of(200)
-    sequences = numbered(lengths)
+    sequences = known(numbered(lengths))
     prepared = prepared_of(tmp_path, lengths)
     options = {"to": to, "epochs": 2, "rows_per_file": 10}
     export_rows(prepared, sequences, tmp_path / "whole", **options)
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        export_rows(prepared, Failing(sequences, 250), tmp_path / "rows", **options)
+    with stopped_after(14):
+        export_rows(prepared, sequences, tmp_path / "rows", **options)
     assert not (tmp_path / "rows").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in finished(tmp_path / "rows", to)}
     total = len(list((tmp_path / "whole").glob("epoch*")))
@@ -261,11 +289,11 @@ def test_finished_files_are_kept(tmp_path, to):
 
 def test_a_damaged_file_is_not_kept(tmp_path):
     lengths = lengths_of(100)
-    sequences = numbered(lengths)
+    sequences = known(numbered(lengths))
     prepared = prepared_of(tmp_path, lengths)
     export_rows(prepared, sequences, tmp_path / "whole", rows_per_file=10)
-    with pytest.raises(RuntimeError):
-        export_rows(prepared, Failing(sequences, 80), tmp_path / "rows", rows_per_file=10)
+    with stopped_after(4):
+        export_rows(prepared, sequences, tmp_path / "rows", rows_per_file=10)
     first, second, *_ = finished(tmp_path / "rows", "arrayrecord")
     data = first.read_bytes()
     first.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -282,11 +310,12 @@ def test_a_damaged_file_is_not_kept(tmp_path):
 )
 def test_other_parameters_start_anew(tmp_path, changed):
     lengths = lengths_of(100)
-    sequences = numbered(lengths)
+    sequences = known(numbered(lengths))
     prepared = prepared_of(tmp_path, lengths)
     options = {"rows_per_file": 10}
-    with pytest.raises(RuntimeError):
-        export_rows(prepared, Failing(sequences, 80), tmp_path / "rows", **options)
+    with stopped_after(4):
+        export_rows(prepared, sequences, tmp_path / "rows", **options)
+    assert finished(tmp_path / "rows", "arrayrecord")
     options |= changed
     export_rows(prepared, sequences, tmp_path / "rows", **options)
     export_rows(prepared, sequences, tmp_path / "whole", **options)
@@ -294,27 +323,75 @@ def test_other_parameters_start_anew(tmp_path, changed):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_other_tokens_start_anew(tmp_path, monkeypatch):
+def test_other_tokens_start_anew(tmp_path):
     lengths = lengths_of(100)
     prepared = prepared_of(tmp_path, lengths)
     tokens, offsets = np.arange(lengths.sum()), np.cumsum([0, *lengths])
     one, two = sp.FlatSequences(tokens, offsets), sp.FlatSequences(tokens + 1, offsets)
-    write = module._write_file
-    calls = []
-
-    def stop_at_the_third(job, task):
-        calls.append(task)
-        if len(calls) == 3:
-            raise RuntimeError
-        return write(job, task)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_file", stop_at_the_third)
-        with pytest.raises(RuntimeError):
-            export_rows(prepared, one, tmp_path / "rows", rows_per_file=10)
+    with stopped_after(2):
+        export_rows(prepared, one, tmp_path / "rows", rows_per_file=10)
     export_rows(prepared, two, tmp_path / "rows", rows_per_file=10)
     export_rows(prepared, two, tmp_path / "whole", rows_per_file=10)
     assert content(tmp_path / "rows") == content(tmp_path / "whole")
+
+
+def test_sources_without_a_fingerprint_start_anew(tmp_path):
+    lengths = lengths_of(100)
+    prepared = prepared_of(tmp_path, lengths)
+    one, two = numbered(lengths), [tokens + 1 for tokens in numbered(lengths)]
+    export_rows(prepared, two, tmp_path / "whole", rows_per_file=10)
+
+    def dies(*given):
+        raise Killed
+
+    with (
+        mock.patch.object(module.ExportPlace, "publish", dies),
+        mock.patch.object(module.ExportPlace, "clear", dies),
+        pytest.raises(Killed),
+    ):
+        export_rows(prepared, one, tmp_path / "rows", rows_per_file=10)
+    assert finished(tmp_path / "rows", "arrayrecord")
+    export_rows(prepared, two, tmp_path / "rows", rows_per_file=10)
+    assert content(tmp_path / "rows") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("source", [known, list])
+def test_stopped_at_every_step(tmp_path, overwrite, source):
+    lengths = lengths_of(24)
+    sequences = source(numbered(lengths))
+    prepared = prepared_of(tmp_path, lengths)
+    options = {"rows_per_file": 5, "overwrite": overwrite}
+    export_rows(prepared, sequences, tmp_path / "old", seed=1, **options)
+    export_rows(prepared, sequences, tmp_path / "new", **options)
+    old, new = content(tmp_path / "old"), content(tmp_path / "new")
+    out = tmp_path / "out"
+
+    def begin():
+        shutil.rmtree(out, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "old", out)
+
+    begin()
+    with StepCounter() as undisturbed:
+        export_rows(prepared, sequences, out, **options)
+    assert undisturbed.taken > 20
+    seen = set()
+    for last in range(undisturbed.taken):
+        begin()
+        with StepCounter(last), pytest.raises(Killed):
+            export_rows(prepared, sequences, out, **options)
+        found = content(out) if out.exists() else {}
+        states = [("old", old), ("new", new), ("nothing", {})]
+        (state,) = [name for name, files in states if found == files]
+        seen.add(state)
+        again = export_rows(prepared, sequences, out, **options)
+        assert again.to_dict() == json.loads(new["export.json"])
+        assert content(out) == new
+        expected = ["lengths.npy", "new", "old", "out", "prepared"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    assert seen == {"nothing", "new"} | ({"old"} if overwrite else set())
 
 
 @pytest.mark.slow
@@ -482,3 +559,151 @@ def test_decoded_rows_can_be_written_to():
         "segment_ids": [2, 3],
         "positions": [4, 5],
     }
+
+
+def test_the_same_export_again_is_a_success(made):
+    prepared, sequences, output = made
+    first = export_rows(prepared, sequences, output)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert export_rows(prepared, sequences, output) == first
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    others = [tokens + 1 for tokens in sequences]
+    with pytest.raises(sp.SeqpackError, match=r"is a finished export, of other tokens.*overwrite"):
+        export_rows(prepared, others, output)
+    (output / first.files[0].name).write_bytes(b"short")
+    with pytest.raises(sp.SeqpackError, match=r"is a finished export.*overwrite=True"):
+        export_rows(prepared, sequences, output)
+    assert export_rows(prepared, sequences, output, overwrite=True) == first
+    assert sorted(os.listdir(output.parent)) == ["lengths.npy", "prepared", "rows"]
+
+
+def test_files_of_others_are_never_removed(made):
+    prepared, sequences, output = made
+    export_rows(prepared, sequences, output)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(sp.SeqpackError, match=r"holds notes\.txt, which is no file of the export"):
+        export_rows(prepared, sequences, output, overwrite=True)
+    (output / "notes.txt").unlink()
+    for text in ("{}", "no JSON", '{"files": [{"name": "notes.txt"}]}'):
+        (output / "export.json").write_text(text)
+        with pytest.raises(sp.SeqpackError, match="is no export"):
+            export_rows(prepared, sequences, output, overwrite=True)
+    assert len(os.listdir(output)) == 2
+
+
+def test_nothing_is_left_of_a_run_that_finished_no_file(made):
+    prepared, sequences, output = made
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        export_rows(prepared, Failing(sequences, 3), output)
+    with stopped_after(0):
+        export_rows(prepared, known(sequences), output)
+    assert sorted(os.listdir(output.parent)) == ["lengths.npy", "prepared"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_empty_data_set(tmp_path, to):
+    prepared = prepared_of(tmp_path, np.zeros(0, np.int64))
+    for _ in range(2):
+        manifest = export_rows(prepared, [], tmp_path / "rows", to=to, epochs=2)
+        assert (manifest.rows, manifest.files, manifest.paths) == (0, (), [])
+        assert os.listdir(tmp_path / "rows") == ["export.json"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_links_and_home(made, monkeypatch):
+    prepared, sequences, output = made
+    behind = output.parent / "behind"
+    output.symlink_to(behind)
+    for seed in (0, 1):
+        manifest = export_rows(prepared, sequences, output, seed=seed, overwrite=True)
+        assert manifest.directory == behind
+        assert output.is_symlink()
+    monkeypatch.setenv("HOME", str(output.parent))
+    monkeypatch.chdir(output.parent)
+    export_rows(prepared, sequences, "~/mine")
+    assert (output.parent / "mine" / "export.json").exists()
+    assert not (output.parent / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("/", "cannot be replaced"),
+        ("", "output = '' is not a path"),
+        (None, "output = None is not a path"),
+        (b"rows", "output = b'rows' is not a path"),
+        ("a\0b", "is not a path"),
+        ("n" * 250, "cannot be made"),
+        ("lengths.npy/rows", "Not a directory"),
+        ("/proc/no/rows", "cannot be made"),
+    ],
+)
+def test_odd_outputs(made, monkeypatch, output, problem):
+    prepared, sequences, folder = made
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(sp.SeqpackError, match=f"export_rows: .*{problem}"):
+        export_rows(prepared, sequences, output)
+    assert sorted(os.listdir(folder.parent)) == ["lengths.npy", "prepared"]
+
+
+def test_what_is_not_prepared_and_where_no_store_can_be(made):
+    _, sequences, output = made
+    with pytest.raises(sp.SeqpackError, match="prepared is a int"):
+        export_rows(3, sequences, output)
+    write_tokens(output.parent / "a.parquet", sequences)
+    prepared = prepare(output.parent / "a.parquet", output.parent / "p", 16, tokens_column="text")
+    with pytest.raises(sp.SeqpackError, match=r"lengths\.npy cannot be made"):
+        export_rows(
+            prepared, output.parent / "a.parquet", output, work_dir=output.parent / "lengths.npy"
+        )
+    assert sorted(os.listdir(output.parent)) == ["a.parquet", "lengths.npy", "p", "prepared"]
+
+
+# Sequences that are found by row number.
+
+
+def test_files_must_be_those_that_were_prepared(tmp_path):
+    sequences = numbered(np.full(10, 3))
+    for name in ("in", "more", "fewer"):
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name / "b.parquet", sequences)
+    prepared = prepare(tmp_path / "in", tmp_path / "prepared", CAPACITY, tokens_column="text")
+    write_tokens(tmp_path / "more" / "a.parquet", sequences)
+    write_tokens(tmp_path / "fewer" / "b.parquet", sequences[:9])
+    for name, problem in (
+        ("more", r"of a\.parquet, none were prepared, but the sequences have 10 rows"),
+        ("fewer", r"of b\.parquet, 10 rows were prepared, but the sequences have 9 rows"),
+    ):
+        with pytest.raises(sp.SeqpackError, match=problem):
+            export_rows(prepared, tmp_path / name, tmp_path / "rows")
+    assert not list(tmp_path.glob(".*"))
+    export_rows(prepared, [tmp_path / "in" / "b.parquet"], tmp_path / "one")
+    export_rows(prepared, sequences, tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    write_flat([flat(sequences * 2)], tmp_path / "store")
+    with pytest.raises(sp.SeqpackError, match=r"10 sequences were prepared, but the .* has 20"):
+        export_rows(prepared, tmp_path / "store", tmp_path / "rows")
+
+
+def test_of_lengths_in_another_format_rows_are_counted(tmp_path):
+    sequences = numbered(np.full(10, 3))
+    prepared = prepared_of(tmp_path, np.full(10, 3))
+    for name, rows in (("a", 6), ("b", 4)):
+        write_tokens(tmp_path / f"{name}.parquet", sequences[:rows])
+    both = [tmp_path / "a.parquet", str(tmp_path / "b.parquet")]
+    export_rows(prepared, both, tmp_path / "rows", tokens_column="text")
+    with pytest.raises(sp.SeqpackError, match="10 rows were prepared, but the sequences have 6"):
+        export_rows(prepared, both[:1], tmp_path / "other", tokens_column="text")
+
+
+def test_extra_tokens_are_in_no_file(tmp_path):
+    sequences = numbered(np.full(10, 3))
+    write_tokens(tmp_path / "a.parquet", sequences)
+    prepared = prepare(
+        tmp_path / "a.parquet", tmp_path / "p", CAPACITY, tokens_column="text", extra_tokens=2
+    )
+    with pytest.raises(sp.SeqpackError, match=r"2 extra tokens, which no file has.*object whose"):
+        export_rows(prepared, tmp_path / "a.parquet", tmp_path / "rows")
+    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "p"]
+    write_flat([flat([np.r_[1, tokens, 2] for tokens in sequences])], tmp_path / "store")
+    export_rows(prepared, tmp_path / "store", tmp_path / "rows")

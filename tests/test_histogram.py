@@ -1,5 +1,6 @@
 """Lengths -> counts and pools, under every policy; merging buckets."""
 
+import collections
 import pickle
 
 import numpy as np
@@ -117,6 +118,24 @@ def test_counts_forms_agree():
     array = as_counts("f", [0, 0, 3, 1])
     assert as_counts("f", {3: 1, 2: 3}).tolist() == array.tolist()
     assert as_counts("f", {}).tolist() == [0]
+    assert as_counts("f", {np.uint64(3): np.int64(1), np.int64(2): np.uint64(3)}).tolist() == [
+        0,
+        0,
+        3,
+        1,
+    ]
+
+
+def test_lengths_that_no_sequence_has_are_left_out():
+    counter = collections.Counter({3: 1, 2: 3, 99: 2, 0: 1, -4: 1})
+    counter.subtract({99: 2, 0: 1, -4: 1})
+    assert as_counts("f", counter, 3).tolist() == [0, 0, 3, 1]
+    assert as_counts("f", {7: 0}).tolist() == [0]
+    with pytest.raises(sp.SeqpackError, match=r"counts \(keys\) has dtype <U1"):
+        as_counts("f", {"7": 0})
+
+
+def test_no_counts():
     assert as_counts("f", []).tolist() == [0]
 
 

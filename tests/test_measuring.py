@@ -1,6 +1,11 @@
 """Lengths of a random-access source: the right ones, once each, in spite of crashes."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from functools import partial
 from unittest import mock
 
@@ -262,3 +267,77 @@ def test_processes_measure_the_same(tmp_path):
         measure_lengths(FailsInWorkers(), twice, workers=2)
     with refused("a worker process ended without a result", "__main__"):
         measure_lengths(EndsTheProcess(size), twice, workers=2)
+
+
+@pytest.mark.parametrize("cache", ["file/c.npy", "/proc/no/c.npy", "", 3, "a\0b", "n" * 252])
+def test_where_no_cache_can_be(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SeqpackError, match=r"measure_lengths: .*(cannot be made|is not a path)"):
+        measure_lengths(["a"], cache=cache)
+
+
+def test_a_second_run_waits_for_the_cache(tmp_path, small_chunks):
+    cache, asked, found = tmp_path / "lengths.npy", [], []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(item):
+        begun.set()
+        go_on.wait(60)
+        asked.append(item)
+        return 2 * item
+
+    def measure():
+        found.append(measure_lengths(Source(35), slow, cache=cache).tolist())
+
+    threads = [threading.Thread(target=measure) for _ in range(2)]
+    threads[0].start()
+    begun.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert asked == list(range(35)), "once"
+    assert found == [list(range(0, 70, 2))] * 2
+    assert os.listdir(tmp_path) == ["lengths.npy"]
+
+
+def test_a_cache_needs_filelock(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    assert measure_lengths(["ab"]).tolist() == [2]
+    with refused("filelock is not installed", "[prepare]"):
+        measure_lengths(["ab"], cache=tmp_path / "lengths.npy")
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from seqpack_jax.feeding.measuring import measure_lengths
+
+class Slow:
+    def __len__(self):
+        return 1_000_000
+    def __getitem__(self, item):
+        Path(sys.argv[1], str(item)).touch()
+        time.sleep(0.05)  # a chunk takes minutes
+        return "text"
+
+if __name__ == "__main__":
+    measure_lengths(Slow(), workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, number):
+    (tmp_path / "items").mkdir()
+    (tmp_path / "program.py").write_text(CHILD)
+    program = [sys.executable, tmp_path / "program.py", tmp_path / "items"]
+    child = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not os.listdir(tmp_path / "items"):
+        time.sleep(0.01)
+        assert child.poll() is None
+    child.send_signal(number)
+    child.communicate(timeout=30)  # all that hold its stdout, the workers too, have ended
+    assert child.returncode != 0

@@ -1,5 +1,7 @@
 """The over-length policy: every token is packed, dropped or repeated, and counted as such."""
 
+import dataclasses
+import json
 import pickle
 from itertools import pairwise
 
@@ -162,6 +164,17 @@ def test_bad_policies(options, part):
     with pytest.raises(sp.SeqpackError, match=r"^OverLength: ") as caught:
         OverLength(**options)
     assert part in str(caught.value)
+
+
+def test_options_become_plain_python():
+    policy = OverLength(
+        np.str_("split"), overlap=np.uint8(200), min_tail=np.int64(3), positions=np.str_("restart")
+    )
+    assert policy == OverLength("split", overlap=200, min_tail=3)
+    assert repr(policy) == repr(OverLength("split", overlap=200, min_tail=3))
+    assert json.dumps(dataclasses.asdict(policy))
+    report = apply_to_lengths("f", policy, [10_000], 201).report
+    assert report == apply_to_lengths("f", OverLength("split", overlap=200), [10_000], 201).report
 
 
 @pytest.mark.parametrize(

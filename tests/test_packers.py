@@ -57,6 +57,37 @@ def test_seed_names(packing):
     assert len(heap) == len(reference.worst_fit_decreasing(lengths, capacity))
 
 
+@given(packing=over_length_packings(), tolerance=st.integers(1, 5))
+def test_seed_names_take_a_policy(packing, tolerance):
+    lengths, capacity, policy = packing
+    for pack, algorithm in [
+        (sp.greedy_pack_sequences, "first_fit_decreasing"),
+        (sp.heap_pack_sequences, "worst_fit_decreasing"),
+    ]:
+        options = {"tolerance": tolerance, "seed": 3, "over_length": policy}
+        bins = pack(lengths, capacity, **options)
+        want = sp.pack_sequences(lengths, capacity, algorithm=algorithm, **options)
+        assert bins.tolist() == want.tolist()
+        assert (bins.over_length, bins.report, bins.key) == (policy, want.report, want.key)
+        bins.check(lengths)
+
+
+@pytest.mark.parametrize(
+    "pack", [sp.pack_sequences, sp.greedy_pack_sequences, sp.heap_pack_sequences]
+)
+def test_errors_name_the_function_that_was_called(pack):
+    for lengths, options, part in [
+        ([9], {}, r"lengths\[0\] = 9, but max_seq_len is 8"),
+        ([3], {"tolerance": 0}, "tolerance = 0"),
+        ([3], {"seed": "x"}, "seed = 'x'"),
+        ([3], {"over_length": "cut"}, "over_length = 'cut'"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=f"^{pack.__name__}: {part}"):
+            pack(lengths, 8, **options)
+    with pytest.raises(sp.SeqpackError, match=f"^{pack.__name__}: max_seq_len = 0"):
+        pack([3], 0)
+
+
 @given(packing=packings())
 def test_next_fit_keeps_input_order(packing):
     lengths, capacity = packing

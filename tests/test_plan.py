@@ -192,7 +192,7 @@ def test_from_counter_merges_and_refuses_what_does_not_fit():
     assert merged.to_counter() == {(4, 3): 3}
     with pytest.raises(sp.SeqpackError, match=r"from_counter: 4 is not a template"):
         sp.PackingPlan.from_counter({4: 1}, 8)
-    with pytest.raises(sp.SeqpackError, match=r"from_counter: multiplicity\[0\] = -1"):
+    with pytest.raises(sp.SeqpackError, match=r"from_counter: counter\[\(4,\)\] = -1"):
         sp.PackingPlan.from_counter({(4,): -1}, 8)
     assert sp.PackingPlan.from_counter({(4,): 0, (3,): 1}, 8).to_counter() == {(3,): 1}
     with pytest.raises(sp.SeqpackError, match="max_seq_len = 8589934592"):
@@ -203,6 +203,57 @@ def test_from_counter_merges_and_refuses_what_does_not_fit():
         sp.PackingPlan.from_counter({(4, 8): 1}, 10)
     with pytest.raises(sp.SeqpackError, match="non-empty parts"):
         sp.PackingPlan.from_counter({(): 1}, 10)
+
+
+@pytest.mark.parametrize(
+    ("counter", "part"),
+    [
+        ([((3,), 1)], "counter is a list"),
+        ({"ab": 1}, "'ab' is not a template"),
+        ({(4, "a"): 1}, "a length of (4, 'a') = 'a' is not an integer"),
+        ({((3,), 2): 1}, "a length of ((3,), 2) = (3,) is not an integer"),
+        ({(4, True): 1}, "a length of (4, True) = True is not an integer"),
+        ({(4, None): 1}, "a length of (4, None) = None is not an integer"),
+        ({(4,): "1"}, "counter[(4,)] = '1' is not an integer"),
+        ({(4,): True}, "counter[(4,)] = True is not an integer"),
+        ({(4,): [1]}, "counter[(4,)] = [1] is not an integer"),
+        ({(4,): 0.0}, "counter[(4,)] = 0.0 is not an integer"),
+        ({(4,): 2**64 + 1}, "counter[(4,)] = 18446744073709551617, but it must be in"),
+    ],
+)
+def test_bad_counters(counter, part):
+    with pytest.raises(sp.SeqpackError, match=r"^PackingPlan.from_counter: ") as caught:
+        sp.PackingPlan.from_counter(counter, 8)
+    assert part in str(caught.value)
+
+
+def test_narrow_counts_do_not_wrap():
+    counter = {(4, 3): np.uint8(200), (3, 4): np.uint8(100), (np.int8(4),): np.int8(100)}
+    assert sp.PackingPlan.from_counter(counter, 8).to_counter() == {(4, 3): 300, (4,): 100}
+
+
+def test_numbers_of_a_plan_become_plain_python(plan, tmp_path):
+    names = ("max_seq_len", "num_tokens", "tolerance", "tolerance_rows")
+    again = change(plan, **{name: np.int64(getattr(plan, name)) for name in names})
+    assert repr(again) == repr(plan)
+    assert again.digest() == plan.digest()
+    paths = [tmp_path / "1.npz", tmp_path / "2.npz"]
+    for each, path in zip((plan, again), paths, strict=True):
+        each.save(path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with pytest.raises(sp.SeqpackError, match=r"num_tokens = 41.0 is not an integer"):
+        change(plan, num_tokens=41.0).check()
+
+
+def test_any_tolerance_is_saved(tmp_path):
+    counts = {5: 5, 3: 3, 7: 1}
+    huge = sp.pack_length_histogram(counts, 10, tolerance=2**70)
+    huge.check(counts)
+    huge.save(tmp_path / "plan.npz")
+    again = sp.PackingPlan.load(tmp_path / "plan.npz")
+    assert again.digest() == huge.digest()
+    again.check(counts)
+    assert again.to_counter() == sp.pack_length_histogram(counts, 10, tolerance=10).to_counter()
 
 
 def test_digests_differ_with_the_plan(plan):

@@ -236,14 +236,14 @@ def test_shards_by_hand(tmp_path):
     listed = list_shards(source, parameters.columns, max_rows=5)
     records = [prepare_shard(shard, parameters, tmp_path / "work") for shard in listed]
     (tmp_path / "work" / "mine").touch()
-    merge = partial(merge_shards, tmp_path / "work", parameters=parameters)
+    merge = partial(merge_shards, tmp_path / "work", listed, parameters=parameters)
     with refused("shard 1 is missing"):
         merge([records[0], records[2]], output=tmp_path / "a")
-    with refused("shard 2 is missing, or another is there twice"):
+    with refused("shard 0 is there twice"):
         merge([records[0], records[1], records[0]], output=tmp_path / "a")
     with refused("shard 0 was prepared with other parameters"):
         other = parameters._replace(extra_tokens=1)
-        merge_shards(tmp_path / "work", records, other, tmp_path / "a")
+        merge_shards(tmp_path / "work", listed, records, other, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     merge(records[::-1], output=tmp_path / "a")
     prepare_in_shards(source, tmp_path / "b", 10, over_length="drop")

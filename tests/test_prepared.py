@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -678,3 +680,99 @@ def test_verify_finds_ids_that_the_seed_has_twice(tmp_path):
     write_as_seed(tmp_path, [5, 5, 3, 9], 10, [4, 8, 8, 1])
     with refused_by_verify("the id 8 is there twice"):
         verify_prepared(tmp_path)
+
+
+def test_ids_of_the_seed_beyond_int64(tmp_path):
+    write_as_seed(tmp_path, [5, 5, 3, 9], 10)
+    np.save(tmp_path / "pools" / "5.npy", np.array([1, 2**63 + 5], np.uint64))
+    with refused(f"pools/5.npy holds the id {2**63 + 5}, beyond int64"):
+        load_prepared(tmp_path)
+
+
+def test_the_counts_of_the_seed_are_pickled_once(tmp_path):
+    write_as_seed(tmp_path, [8000, 5], 8192)
+    prepared = load_prepared(tmp_path)
+    assert prepared.counts.nbytes > 64_000
+    assert len(pickle.dumps(prepared)) < 4_000
+    assert everything(pickle.loads(pickle.dumps(prepared))) == everything(prepared)
+
+
+# --- pickled, and replaced ------------------------------------------------------------------
+
+
+def test_a_replaced_directory_is_not_unpickled(folder, tmp_path):
+    prepared = load_prepared(folder)
+    pickled = pickle.dumps(prepared)
+    source = write_lengths(tmp_path / "in", LENGTHS[::-1])
+    new = prepare(source, folder, 30, length_column="length", overwrite=True)
+    digests = new.manifest["digest"], prepared.manifest["digest"]
+    with refused(f"manifest.json has the digest {digests[0]}, but {digests[1]} was pickled"):
+        pickle.loads(pickled)
+    (folder / "manifest.json").write_text("[]")
+    with refused("has the digest none"):
+        pickle.loads(pickled)
+    shutil.rmtree(folder)
+    with refused("manifest.json cannot be read (No such file"):
+        pickle.loads(pickled)
+
+
+# --- paths, caches, open files --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [3, None, b"out", ["out"]])
+def test_what_is_no_path(path):
+    for load, check in ((load_prepared, refused), (verify_prepared, refused_by_verify)):
+        with check(f"path is a {type(path).__name__}"):
+            load(path)
+        with check("holds a null character"):
+            load("a\0b")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "more"])
+def test_a_damaged_copy_is_made_anew(damage, original, remote, tmp_path):
+    load_prepared("memory://data", cache=tmp_path)
+    cached = tmp_path / read_manifest(original)["digest"]
+    path = cached / "pools" / "00001.ids.npy"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "shorter":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        (cached / "pools" / "mine").touch()
+    prepared = load_prepared("memory://data", cache=tmp_path)
+    assert everything(prepared) == everything(load_prepared(original))
+    assert content(cached) == content(original)
+
+
+MANY = """
+import pickle, resource, sys
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+from seqpack_jax import SeqpackError, load_prepared
+try:
+    prepared = load_prepared(sys.argv[1])
+except SeqpackError as error:
+    print(error)
+else:
+    pickled = pickle.dumps(prepared)
+    del prepared
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    print(pickle.loads(pickled).manifest["n_sequences" if hard % 2 else "sequences"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [False, True])
+def test_more_files_than_may_be_open(seed, tmp_path):
+    lengths = list(range(1, 201))
+    if seed:
+        write_as_seed(tmp_path / "out", lengths, 200)
+    else:
+        prepare_in_shards(write_lengths(tmp_path / "in", lengths), tmp_path / "out", 200)
+
+    def run(hard):
+        command = [sys.executable, "-c", MANY, str(tmp_path / "out"), str(hard)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert run(1000 + seed) == "200\n"
+    assert "(Too many open files). Hint: raise `ulimit -n`." in run(64)

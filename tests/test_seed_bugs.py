@@ -92,6 +92,7 @@ def test_bug_01_over_long_sequences_are_refused(pack):
     """The seed packed 10 tokens into a bin of 8, and its stats then said 143 % and -7 padding."""
     with pytest.raises(sp.SeqpackError, match=r"lengths\[0\] = 10, but max_seq_len is 8"):
         pack([10, 3], 8)
+    assert pack([10, 3], 8, over_length="split").tolist() == [[2], [1, 3]]
     with pytest.raises(sp.SeqpackError, match=r"lengths\[0\] = 10"):
         sp.PackingStats.from_bins([[0], [1]], [10, 3], 8)
     with pytest.raises(sp.SeqpackError, match="holds 9 tokens of 8"):

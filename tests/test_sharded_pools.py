@@ -64,18 +64,19 @@ def test_shards_of_a_data_set_are_its_pools(packing, cuts, tolerance):
             sp.SequencePools.from_shards(shards[2:], bases=bases[2:]),
         ]
         if len(shards) > 2
-        else [joined]
+        else [joined],
+        bases=[0, 0] if len(shards) > 2 else [0],
     )
     assert_same(nested, whole)
-    assert_same(sp.SequencePools.from_shards([coarse]), coarse_whole)
+    assert_same(sp.SequencePools.from_shards([coarse], bases=[0]), coarse_whole)
 
 
 def test_no_shards_and_empty_ones():
     empty = sp.length_histogram_from_lengths([])[1]
     for shards in ([], [empty], [empty, empty]):
-        assert sp.SequencePools.from_shards(shards).num_sequences == 0
+        assert sp.SequencePools.from_shards(shards, bases=[0] * len(shards)).num_sequences == 0
     some = sp.length_histogram_from_lengths([3, 5, 3])[1]
-    assert_same(sp.SequencePools.from_shards([empty, some, empty]), some)
+    assert_same(sp.SequencePools.from_shards([empty, some, empty], bases=[0, 0, 3]), some)
 
 
 def test_an_epoch_of_shards_is_that_of_the_whole():
@@ -98,18 +99,42 @@ def test_shards_are_not_copied():
     assert joined.lookup([3, 3, 3, 3, 5, 5], [0, 1, 2, 3, 0, 1]).tolist() == [0, 1, 3, 4, 2, 5]
 
 
+def test_a_billion_numbered_sequences_take_no_memory():
+    shards = [sp.SequencePools.identity({3: 10**9, 5: k}) for k in range(4)]
+    joined = sp.SequencePools.from_shards(shards, bases=[k * 2 * 10**9 for k in range(4)])
+    data = pickle.dumps(joined)
+    assert len(data) < 2000
+    again = pickle.loads(data)
+    assert again.lookup([3, 3, 5], [0, 4 * 10**9 - 1, 1]).tolist() == [
+        0,
+        7 * 10**9 - 1,
+        5 * 10**9,
+    ]
+    assert again[5].tolist() == [3 * 10**9, *(5 * 10**9 + k for k in (0, 1)), *again[5][3:]]
+
+
+def test_numbered_shards_with_pieces():
+    """Identity pools may hold pieces too; these come after all whole sequences."""
+    table = np.array([[0, 0, 5, 7]])
+    split = sp.SequencePools(None, np.array([0, 0, 0, 2, 3]), Pieces(2, table))
+    joined = sp.SequencePools.from_shards([split, split], bases=[0, 2])
+    assert joined[2].tolist() == [0, 1, 2, 3]
+    assert joined[3].tolist() == [4, 5]
+    assert joined.pieces.source_id.tolist() == [0, 2]
+
+
 def test_ids_of_their_own():
-    """Without bases, ids and the sources of pieces are those of the shards."""
+    """With bases of zero, ids and the sources of pieces are those of the shards."""
     one = sp.SequencePools.from_mapping({3: [70, 50]})
     two = sp.SequencePools.from_mapping({3: [20], 4: [10]})
-    joined = sp.SequencePools.from_shards([one, two])
+    joined = sp.SequencePools.from_shards([one, two], bases=[0, 0])
     assert joined[3].tolist() == [70, 50, 20]
     assert joined[4].tolist() == [10]
     table = np.array([[900, 0, 4, 5], [900, 4, 5, 5]])
     split = sp.SequencePools(
         np.array([1001, 7, 1000]), np.array([0, 0, 1, 1, 2, 3]), Pieces(1000, table)
     )
-    joined = sp.SequencePools.from_shards([one, split, split])
+    joined = sp.SequencePools.from_shards([one, split, split], bases=[0, 0, 0])
     assert joined.pieces.first_id == 1000
     assert joined.pieces.table.tolist() == table.tolist() * 2
     assert joined[1].tolist() == [1001, 1003]
@@ -121,9 +146,13 @@ def test_shards_that_do_not_go_together():
     shards, _ = in_shards([3, 9], [1], 8, over_length="drop")
     plain = sp.length_histogram_from_lengths([3], 8)[1]
     with pytest.raises(sp.SeqpackError, match=r"from_shards: the shards follow .*'drop'.*'error'"):
-        sp.SequencePools.from_shards([*shards, plain])
+        sp.SequencePools.from_shards([*shards, plain], bases=[0, 1, 2])
     with pytest.raises(sp.SeqpackError, match="there are 2 shards, but 3 bases"):
         sp.SequencePools.from_shards(shards, bases=[0, 1, 2])
+    with pytest.raises(sp.SeqpackError, match="bases has dtype float64"):
+        sp.SequencePools.from_shards(shards, bases=[0, 0.7])
+    with pytest.raises(TypeError, match="bases"):
+        sp.SequencePools.from_shards(shards)
 
 
 def test_shards_that_do_not_fit_their_starts():
@@ -233,6 +262,33 @@ def test_a_mapping_to_files_stays_in_them(tmp_path):
     assert joined.lookup([7, 7, 8], [4999, 5000, 1]).tolist() == [5699, 1_000_700, 1_000_005]
 
 
+def test_ids_above_53_bits_stay_exact():
+    big = 2**53 + 1
+    for ids in (np.array([big, 1], np.uint64), [np.uint64(big), np.int64(1)]):
+        pools = sp.SequencePools.from_mapping({np.uint64(3): ids, np.int64(4): [7]})
+        assert pools[3].tolist() == [big, 1]
+        epoch = sp.materialize_epoch({(4, 3): 1, (3,): 1}, pools, seed=1)
+        assert sorted(i for row in epoch[:].tolist() for i in row) == [1, 7, big]
+
+
+def test_thousands_of_mapped_pools_travel_small(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "7.npy", np.arange(400))
+    files = {}
+    for length in range(1, 8193):
+        name = tmp_path / f"{length}.npy"
+        if length != 7:
+            os.link(tmp_path / "7.npy", name)
+        files[length] = np.load(name, mmap_mode="r")[: int(rng.integers(1, 400))]
+    pools = sp.SequencePools.from_mapping(files)
+    data = pickle.dumps(pools)
+    assert len(data) < 60_000
+    again = pickle.loads(data)
+    assert isinstance(again.ids.parts[8000], np.memmap)
+    assert again.counts.tolist() == pools.counts.tolist()
+    assert again[8192].tolist() == files[8192].tolist()
+
+
 @pytest.mark.parametrize(
     ("mapping", "part"),
     [
@@ -242,6 +298,7 @@ def test_a_mapping_to_files_stays_in_them(tmp_path):
         ({3: [0.5]}, "pools[3] has dtype float64"),
         ({3: [[1]]}, "pools[3] has shape (1, 1)"),
         ([[1]], "pools is a list"),
+        ({5: np.array([2**63, 1], np.uint64)}, "pools[5] holds 9223372036854775808, beyond int64"),
     ],
 )
 def test_bad_mappings(mapping, part):

@@ -118,12 +118,42 @@ def test_bins_of_a_policy_are_understood(packing, action, overlap, min_tail):
     stats = PackingStats.from_bins(bins, lengths, capacity)
     report = stats.report
     assert stats == PackingStats.from_plan(plan, report=pools.report)
-    assert report == bins.report
+    assert report[1:] == bins.report[1:]
+    assert report.action == (policy.action if report.sequences else "error")
     assert report.sequences == sum(length > capacity for length in lengths)
     assert report.tokens == sum(length for length in lengths if length > capacity)
     lost = report.dropped_tokens - report.repeated_tokens
     assert stats.num_tokens == sum(lengths) - lost
     assert ("over-length:" in str(stats)) == (report.sequences > 0)
+
+
+def test_a_policy_that_touches_nothing_changes_no_figure():
+    plan = sp.pack_length_histogram({5: 2, 3: 1}, 8)
+    plain = PackingStats.from_plan(plan)
+    for policy in ("drop", "crop", "split"):
+        bins = sp.pack_sequences([5, 3, 5], 8, over_length=policy)
+        assert PackingStats.from_bins(bins, [5, 3, 5], 8) == plain
+        assert PackingStats.from_plan(plan, report=OverLengthReport(policy)) == plain
+
+
+def test_templates_are_told_what_a_policy_touched():
+    bins = sp.pack_sequences([5, 3, 9], 8, over_length="split")
+    stats = PackingStats.from_templates({(8,): 1, (5, 3): 1, (1,): 1}, 8, report=bins.report)
+    assert stats.report == bins.report
+    assert PackingStats.from_templates({(8,): 1, (5, 3): 1, (1,): 1}, 8) != stats
+    same = PackingStats.from_templates(
+        {
+            (8,): 1,
+            (
+                5,
+                3,
+            ): 1,
+            (1,): 1,
+        },
+        8,
+        report=bins.report,
+    )
+    assert same == stats == PackingStats.from_bins(bins, [5, 3, 9], 8)
 
 
 @pytest.mark.parametrize(

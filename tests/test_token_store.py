@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import seqpack_jax as sp
-from seqpack_jax.feeding import token_store
+from seqpack_jax.feeding import store_writer, token_store
 from seqpack_jax.feeding.token_store import (
     KeyedSequences,
     fingerprint_of,
@@ -99,6 +99,12 @@ def test_a_store_is_memory_mapped_and_pickles_by_path(tmp_path):
             [([1, 2, -(2**31) - 1], [1, 0, 2])],
             r"row 2 holds the token -2147483649, beyond int32",
         ),
+        (
+            [([1, 1], [1, 1], np.array([3, 2**63], np.uint64))],
+            r"ids of block 0 go up to 9223372036854775808, beyond int64",
+        ),
+        ([([], np.array([2**63], np.uint64))], r"sizes of block 0 go up to .*, beyond int64"),
+        ([([], [2**62] * 4)], r"block 0 has 0 tokens, but a size of 4611686018427387904"),
         ([([1], [1], [4]), ([1], [1])], r"ids come with some blocks, but not with all \(row 1\)"),
         ([([1], [1]), ([1], [1], [4])], r"ids come with some blocks, but not with all \(row 1\)"),
         (
@@ -166,9 +172,11 @@ def test_fasta_residues_are_letters(tmp_path):
 
 def test_a_store_is_made_once(tmp_path, monkeypatch):
     made = []
-    write = token_store._write_store
+    write = token_store.write_store
     monkeypatch.setattr(
-        token_store, "_write_store", lambda *given: (made.append(given[2]), write(*given))
+        token_store,
+        "write_store",
+        lambda *given, **named: (made.append(given[2]), write(*given, **named)),
     )
 
     def lists():
@@ -278,3 +286,54 @@ def test_fingerprints_change_with_the_tokens(tmp_path):
     assert mapped == fingerprint_of(open_sequences(tmp_path / "tokens"))
     os.utime(tmp_path / "tokens" / "tokens.npy", (1, 1))
     assert fingerprint_of(open_sequences(tmp_path / "tokens")) != mapped
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "stored"),
+    [
+        (["uint8", "int32"], "int32"),
+        (["uint8", "uint16", "int64"], "int32"),
+        (["int8", "uint8"], "int16"),
+        (["int32", "uint8"], "int32"),
+    ],
+)
+def test_files_of_several_dtypes(tmp_path, monkeypatch, dtypes, stored):
+    monkeypatch.setattr(store_writer, "_COPY_TOKENS", 2)
+    lists = []
+    for name, dtype in zip("abc", dtypes, strict=False):
+        top = min(np.iinfo(dtype).max, 2**31 - 1)
+        lists += [[1, 2, 3], [top, 5]]
+        write_parquet(tmp_path / f"{name}.parquet", lists[-2:], dtype=dtype)
+    files = sorted(tmp_path.glob("*.parquet"))  # a list of paths
+    sequences = open_sequences(files, tokens_column="tokens", work_dir=tmp_path / "work")
+    assert lists_of(sequences, range(len(lists))) == lists
+    assert sequences.tokens.dtype == stored
+    [store] = (tmp_path / "work").glob("tokens-*")
+    assert sorted(os.listdir(store)) == ["offsets.npy", "tokens.npy"]
+
+
+@pytest.mark.parametrize("place", ["file/store", "/proc/no/store", "a\0b", "", None, "s3://b/x"])
+def test_where_no_store_can_be(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    write_parquet("a.parquet", LISTS)
+    problem = "cannot be made|is not a path|no local path"
+    with pytest.raises(sp.SeqpackError, match=f"write_flat: .*({problem})"):
+        write_flat([([1], [1])], place)
+    if place is not None:
+        with pytest.raises(sp.SeqpackError, match=f"open_sequences: .*({problem})"):
+            open_sequences("a.parquet", tokens_column="tokens", work_dir=place)
+
+
+@pytest.mark.parametrize("path", [3, None, [3], ["a", None], []])
+def test_what_is_no_path(tmp_path, path):
+    with pytest.raises(sp.SeqpackError, match="open_sequences"):
+        open_sequences(path, work_dir=tmp_path)
+
+
+def test_sources_of_ones_own_have_no_fingerprint():
+    class Doubled(sp.FlatSequences):
+        def __getitem__(self, index):
+            return 2 * super().__getitem__(index)
+
+    assert fingerprint_of(Doubled(np.arange(3), np.array([0, 3]))) is None

@@ -42,12 +42,20 @@ class PackedBatch(NamedTuple):
     features: dict[str, Any]
 
     def asdict(self) -> dict[str, Any]:
-        """Return the arrays by name, the form that a Grain pipeline passes on."""
+        """Return the arrays by name, the form that a Grain pipeline passes on.
+
+        Raises:
+            SeqpackError: a feature has the name of one of the three arrays.
+        """
         named = {
             "tokens": self.tokens,
             "segment_ids": self.segment_ids,
             "positions": self.positions,
         }
+        taken = [name for name in self.features if name in named]
+        if taken:
+            problem = f"a feature is named {taken[0]!r}, as an array of the batch"
+            fail("PackedBatch.asdict", problem, "give the feature another name")
         return named | self.features
 
 
@@ -57,14 +65,14 @@ def pack_batch(
     max_seq_len: int,
     *,
     lengths: ArrayLike,
-    key: int | None = None,
     rows: int | None = None,
     pad_value: int = 0,
 ) -> PackedBatch:
     """Fill one row per bin with the tokens of its sequences.
 
     The over-length policy of the bins acts on the tokens: sequences that were planned cut are cut
-    here, and pieces are taken out of the sequences that they were split from.
+    here, and pieces are taken out of the sequences that they were split from.  The windows of
+    `"crop"` are those of `bins.key`, other ones in each epoch.
 
     Time: O(rows * max_seq_len), in whole arrays, and a slice per sequence.
 
@@ -72,9 +80,8 @@ def pack_batch(
         bins: which sequences share a row.
         sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers.
         max_seq_len: tokens per row.
-        lengths: integers `[n]`, the true length of each sequence in tokens, as it was given to the
-            planner, whatever the over-length policy.
-        key: `epoch.key`, which selects the windows of `"crop"`; None keeps the first tokens.
+        lengths: integers `[n]`, the tokens that `sequences` really has of each sequence, whatever
+            the over-length policy: the lengths given to the planner, plus its `extra_tokens`.
         rows: rows of the batch, at least `len(bins)`; the rest are empty.  None for `len(bins)`.
         pad_value: the token on padding.
 
@@ -100,7 +107,6 @@ def pack_batch(
         fail(caller, f"bins is a {type(bins).__name__}, not Bins", "pass Bins(ids, offsets, ...)")
     rows = check_int(caller, "rows", len(bins) if rows is None else rows, len(bins))
     pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
-    key = None if key is None else check_int(caller, "key", key)
     ids, planned = _true_lengths(caller, bins, lengths)
     arrays, first_positions = fetch_sequences(
         caller,
@@ -110,7 +116,8 @@ def pack_batch(
         bins.max_seq_len,
         over_length=bins.over_length,
         pieces=bins.pieces,
-        key=key,
+        key=bins.key,
+        exact=True,
     )
     offsets = bins.offsets
     return fill_rows(caller, arrays, offsets, rows, max_seq_len, pad_value, first_positions)
@@ -174,6 +181,9 @@ def fill_rows(
     for (begin, end), free in zip(pairwise([0, *ends.tolist()]), room.tolist(), strict=True):
         runs += arrays[begin:end]
         runs.append(padding[:free])
+    for k, run in enumerate(runs):  # uint64 and signed integers have no common integer dtype
+        if run.dtype.kind == "u" and run.dtype.itemsize == 8:
+            runs[k] = _as_int32(caller, run)
     tokens = _as_int32(caller, np.concatenate(runs) if runs else padding[:0])
     shape = (rows, max_seq_len)
     return PackedBatch(tokens.reshape(shape), segment_ids, positions.reshape(shape), {})
@@ -182,14 +192,11 @@ def fill_rows(
 def _as_int32(caller: str, tokens: NDArray[Any]) -> NDArray[np.int32]:
     if tokens.dtype == np.int32:
         return tokens
-    hint = "tokens must fit into int32"
-    if tokens.dtype.kind not in "iu":
-        problem = f"the tokens of a batch have the common dtype {tokens.dtype}"
-        fail(caller, problem, "uint64 and signed integers have no common dtype: use int64")
     limits = np.iinfo(np.int32)
-    for value in (int(tokens.min()), int(tokens.max())):
+    for value in (int(tokens.min(initial=0)), int(tokens.max(initial=0))):
         if not limits.min <= value <= limits.max:
-            fail(caller, f"a batch holds the token {value}, beyond int32", hint)
+            problem = f"a batch holds the token {value}, beyond int32"
+            fail(caller, problem, "tokens must fit into int32")
     return tokens.astype(np.int32)
 
 

@@ -81,7 +81,8 @@ class Epoch(_RandomAccess):
         plan: which lengths share a bin.
         pools: the ids of each planned length.
         key: seeds the pairings (plus the length, for each pool) and, plus 0, the order of the bins;
-            None for pools and bins in their own order.
+            None for pools and bins in their own order.  `Bins` carry it to `pack_batch`, where it
+            selects the windows of `"crop"`.
         shuffle: whether the bins come in an order of their own.
 
     Example:
@@ -133,7 +134,7 @@ class Epoch(_RandomAccess):
             rank = permute(rank, count, np.uint64(self.key) + length.astype(np.uint64))
         ids = pools.lookup(length, rank)
         over_length = (pools.pieces, pools.over_length, pools.report)
-        return Bins(ids, offsets, plan.max_seq_len, *over_length), length
+        return Bins(ids, offsets, plan.max_seq_len, *over_length, key=self.key), length
 
     def shard(self, index: int, count: int, *, remainder: str = "pad") -> EpochShard:
         """Return the part of one of `count` ranks, to be read like the epoch itself.
@@ -274,7 +275,17 @@ def materialize_epoch(
     epoch = check_int(caller, "epoch", epoch, 0)
     seed = None if seed is None else check_int(caller, "seed", seed)
     plan = _as_plan(caller, templates)
-    planned = _as_pools(caller, pools).coarsen(plan.tolerance, plan.max_seq_len)
+    planned = _as_pools(caller, pools)
+    longer = planned.counts[plan.max_seq_len + 1 :]
+    if longer.any():  # coarsening would take them for sequences of max_seq_len tokens
+        length = plan.max_seq_len + 1 + int(np.flatnonzero(longer)[0])
+        fail(
+            caller,
+            f"the pools hold {planned.counts[length]} sequences of length {length}, but the "
+            f"max_seq_len of the plan is {plan.max_seq_len} ({longer.sum()} sequences are over it)",
+            "use the same max_seq_len and over_length policy for the pools and the plan",
+        )
+    planned = planned.coarsen(plan.tolerance, plan.max_seq_len)
     counts, slots = planned.counts, plan.counts
     size = min(len(counts), len(slots))
     differ = counts[:size] != slots[:size]

@@ -9,38 +9,34 @@ The names sort in training order.  Nothing depends on the machine, the time, or 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.errors import check_choice, check_int, fail
+from seqpack_jax.feeding.formats import Columns, kind_of
+from seqpack_jax.feeding.inputs import Shard
 from seqpack_jax.feeding.manifest import canonical
 from seqpack_jax.feeding.pipeline import PackedSource
-from seqpack_jax.feeding.workers import local_map
 from seqpack_jax.feeding.prepared import Prepared, load_prepared
 from seqpack_jax.feeding.progress import progress_bar
 from seqpack_jax.feeding.row_files import (
     FEATURES,
-    FORMAT,
-    MANIFEST,
     ROW_FORMATS,
-    VERSION,
     ExportedFile,
     ExportManifest,
+    ExportPlace,
     writer_of,
 )
-from seqpack_jax.feeding.sequences import SequenceSource
+from seqpack_jax.feeding.sequences import FlatSequences, SequenceSource
 from seqpack_jax.feeding.storage import FileEntry, entry_of, write_bytes
-from seqpack_jax.feeding.token_store import fingerprint_of, is_store, open_sequences
+from seqpack_jax.feeding.token_store import fingerprint_of, is_store, open_files
+from seqpack_jax.feeding.workers import local_map, making
 from seqpack_jax.permutation import PERMUTATION_VERSION
 
 __all__ = ["export_rows"]
@@ -51,7 +47,7 @@ _FILE_BYTES = 1 << 28  # of the rows of a file, before compression
 
 def export_rows(
     prepared: Prepared | str | os.PathLike[str],
-    sequences: SequenceSource | str | os.PathLike[str],
+    sequences: SequenceSource | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
     to: str = "arrayrecord",
@@ -71,7 +67,10 @@ def export_rows(
 
     The rows are those of `PackedSource` with the same plan, pools, sequences and arguments.  An
     export that was killed goes on when it is run again: finished files are kept, unless a parameter
-    or the input changed.  Until then all is in a directory `.NAME.partial` beside the output.
+    or the tokens changed.  Whether tokens changed is known of token stores, files and
+    `FlatSequences`; an export of other sources (lists, objects of your own) starts anew.  Until all
+    is done it is in a directory `.NAME.partial` beside the output.  If the same export is there
+    already, and its first file comes out the same again, it is returned.
 
     ArrayRecord is read at random, one record per row, each decoded by `decode_row`:
 
@@ -88,9 +87,10 @@ def export_rows(
 
     Args:
         prepared: from `load_prepared` or `prepare`, or the path of a prepared directory.
-        sequences: where the tokens are: anything whose `[id]` is a 1-D array of integers, or a path
+        sequences: where the tokens are: anything whose `[id]` is a 1-D array of integers, or paths
             for `open_sequences`.  They must have the lengths that were prepared, so the extra
-            tokens of `prepare(..., extra_tokens=)` too.
+            tokens of `prepare(..., extra_tokens=)` too.  Files that are found by row number have to
+            be those that were prepared, by names and rows.
         output: the directory to be made.
         to: `"arrayrecord"` or `"parquet"`.
         epochs: how often each sequence comes.
@@ -103,15 +103,16 @@ def export_rows(
         work_dir: where `open_sequences` keeps the tokens of parquet or FASTA files; None to remove
             them at the end.
         workers: processes that write.  They are sent `sequences`, unless those are memory-mapped.
-        overwrite: whether an earlier export at `output` may be replaced.
+        overwrite: whether an earlier export at `output` may be replaced, if nothing else is in it.
         progress: whether to show a progress bar; None to do so on a terminal.
 
     Returns:
         An `ExportManifest`, which is also written to `export.json`.
 
     Raises:
-        SeqpackError: an argument is out of range, a library is missing, `output` exists, another
-            process writes there, or a sequence is missing or not of its planned length.
+        SeqpackError: an argument is out of range, a library is missing, `output` holds something
+            else or cannot be made, another process writes there, the files of `sequences` are not
+            those that were prepared, or a sequence is missing or not of its planned length.
 
     Example:
         >>> import tempfile
@@ -129,59 +130,124 @@ def export_rows(
     for name, value in (("epochs", epochs), ("workers", workers), ("rows_per_file", rows_per_file)):
         if value is not None:
             check_int(caller, name, value, 1)
-    check_int(caller, "seed", seed)
+    seed = check_int(caller, "seed", seed)
+    pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
     writer_of(caller, to)  # a missing library is told before any work is done
     if isinstance(prepared, str | os.PathLike):
         prepared = load_prepared(prepared)
-    place = _Place(caller, output)
-    with place.locked(overwrite):
-        if isinstance(sequences, str | os.PathLike):
-            store = place.work / "tokens" if work_dir is None else Path(work_dir)
-            sequences = _open(sequences, prepared, tokens_column, id_column, store)
-        max_seq_len = prepared.plan.max_seq_len
-        if rows_per_file is None:
-            rows_per_file = _power_of_two(_FILE_BYTES, max_seq_len)
-        source = PackedSource(
-            prepared.plan,
-            prepared.pools,
-            sequences,
-            seed=seed,
-            epochs=epochs,
-            batch_size=min(_power_of_two(_BLOCK_BYTES, max_seq_len), 1024, rows_per_file),
-            shuffle=shuffle,
-            pad_value=pad_value,
-        )
-        parameters = {
-            "prepared": prepared.manifest.get("digest") or prepared.plan.digest(),
-            "to": to,
-            "epochs": source.epochs,
-            "seed": source.seed,
-            "shuffle": source.shuffle,
-            "pad_value": source.pad_value,
-            "rows_per_file": int(rows_per_file),
-            "permutation": PERMUTATION_VERSION,
-        }
-        place.choose(parameters, fingerprint_of(sequences))
-        files = _write_all(_Job(source, to, place), rows_per_file, workers, progress)
-        bins = prepared.plan.num_bins
-        manifest = ExportManifest(place.target, parameters, max_seq_len, bins, files)
+    if not isinstance(prepared, Prepared):
+        problem = f"prepared is a {type(prepared).__name__}"
+        fail(caller, problem, "pass what load_prepared returns, or the path of what prepare wrote")
+    plan, max_seq_len = prepared.plan, prepared.plan.max_seq_len
+    if rows_per_file is None:
+        rows_per_file = _power_of_two(_FILE_BYTES, max_seq_len)
+    parameters = {
+        "prepared": prepared.manifest.get("digest") or plan.digest(),
+        "to": to,
+        "epochs": int(epochs),
+        "seed": seed,
+        "shuffle": bool(shuffle),
+        "pad_value": pad_value,
+        "rows_per_file": int(rows_per_file),
+        "permutation": PERMUTATION_VERSION,
+    }
+    place, tokens = ExportPlace(caller, output), cast(Any, sequences)
+    place.check_output(parameters, overwrite)
+    with place.locked():
+        there = place.check_output(parameters, overwrite)  # another process may have finished it
+        if _are_paths(tokens):
+            columns = _columns_of(prepared, tokens, tokens_column, id_column)
+            store = place.work / "tokens" if work_dir is None else work_dir
+            tokens = _open(tokens, prepared, columns, store)
+        source = None
+        if plan.num_bins:
+            source = PackedSource(
+                plan,
+                prepared.pools,
+                tokens,
+                seed=seed,
+                epochs=epochs,
+                batch_size=min(_power_of_two(_BLOCK_BYTES, max_seq_len), 1024, rows_per_file),
+                shuffle=shuffle,
+                pad_value=pad_value,
+            )
+        tasks = _tasks(plan.num_bins, rows_per_file, parameters)
+        if there is not None:
+            _check_same(_Job(source, to, place), tasks, there)
+            place.clear()
+            return there
+        place.choose(parameters, fingerprint_of(tokens))
+        files = _write_all(_Job(source, to, place), tasks, workers, progress)
+        manifest = ExportManifest(place.target, parameters, max_seq_len, plan.num_bins, files)
         place.publish(manifest)
     return manifest
 
 
+# Opening files of tokens.
+
+
+def _are_paths(sequences: Any) -> bool:
+    if isinstance(sequences, list | tuple) and sequences:
+        return all(isinstance(each, str | os.PathLike) for each in sequences)
+    return isinstance(sequences, str | os.PathLike)
+
+
+def _columns_of(
+    prepared: Prepared, sequences: Any, tokens_column: str | None, id_column: str | None
+) -> Columns:
+    """Return the columns of the preparation, unless others are given."""
+    known = prepared.manifest.get("parameters", {})
+    if is_store(sequences):
+        return Columns(tokens=tokens_column, id=id_column)
+    if extra := known.get("extra_tokens", 0):
+        fail(
+            "export_rows",
+            f"the data set was prepared with {extra} extra tokens, which no file has",
+            "pass sequences that have them: an object whose [id] adds them, or a token store",
+        )
+    tokens_column = tokens_column or known.get("tokens_column")
+    return Columns(tokens=tokens_column, id=id_column or known.get("id_column"))
+
+
 def _open(
-    path: str | os.PathLike[str],
-    prepared: Prepared,
-    tokens_column: str | None,
-    id_column: str | None,
-    work_dir: Path,
+    sequences: Any, prepared: Prepared, columns: Columns, work_dir: str | os.PathLike[str]
 ) -> SequenceSource:
-    """Open the tokens by the columns of the preparation, unless others are given."""
-    if not is_store(path):
-        known = prepared.manifest.get("parameters", {})
-        tokens_column = tokens_column or known.get("tokens_column")
-        id_column = id_column or known.get("id_column")
-    return open_sequences(path, tokens_column=tokens_column, id_column=id_column, work_dir=work_dir)
+    """Open the tokens; if they are found by row number, they have to be what was prepared."""
+    caller, manifest = "export_rows", prepared.manifest
+    by_number = columns.id is None and manifest.get("parameters", {}).get("id_column") is None
+    expected = [part for shard in manifest.get("shards", []) for part in shard["input"]]
+    hint = "pass the paths that were prepared, or, if the rows are the same, what open_sequences "
+    hint += "returns"
+
+    def check(shards: Sequence[Shard]) -> None:
+        found = [[part.name, part.first_row, part.rows] for s in shards for part in s.parts]
+        if not by_number or "shards" not in manifest:
+            return
+        one, two = _rows_by_name(expected), _rows_by_name(found)
+        kinds = {kind_of(name) for name in (*one, *two)}
+        if len(kinds) > 1:  # lengths were prepared, of another format
+            one, two = {"all files": sum(one.values())}, {"all files": sum(two.values())}
+        for name in sorted(one.keys() | two.keys()):
+            if one.get(name) != two.get(name):
+                rows = [f"{each[name]} rows" if name in each else "none" for each in (one, two)]
+                problem = f"of {name}, {rows[0]} were prepared, but the sequences have {rows[1]}"
+                fail(caller, problem, hint)
+
+    opened = open_files(caller, sequences, columns, work_dir, check)
+    rows = manifest.get("rows")
+    flat = isinstance(opened, FlatSequences) and by_number
+    if is_store(sequences) and flat and rows is not None and len(opened) != rows:
+        problem = f"{rows} sequences were prepared, but the token store has {len(opened)}"
+        fail(caller, problem, "pass the token store of the data set that was prepared")
+    return opened
+
+
+def _rows_by_name(parts: Sequence[Sequence[Any]]) -> dict[str, int]:
+    """Return how many rows each file has."""
+    rows: dict[str, int] = {}
+    for name, _, count in parts:
+        rows[name] = rows.get(name, 0) + count
+    return rows
 
 
 def _power_of_two(size: int, max_seq_len: int) -> int:
@@ -190,120 +256,13 @@ def _power_of_two(size: int, max_seq_len: int) -> int:
     return 1 << max(0, rows.bit_length() - 1)
 
 
-# Where an export lies while it is made.
-
-
-class _Place:
-    """The output, and the directory beside it in which it is made.
-
-    `.NAME.partial/KEY` holds finished files and `KEY.records` what is known of them, where KEY
-    stands for the parameters; a process that a killed run left behind writes below its own key.
-    """
-
-    def __init__(self, caller: str, output: str | os.PathLike[str]) -> None:
-        if "://" in os.fspath(output):
-            problem = f"the output {output} is no local path"
-            fail(caller, problem, "write to a local or mounted directory, and copy it")
-        self.caller = caller
-        self.target = Path(os.path.abspath(output))
-        self.work = self.target.with_name(f".{self.target.name}.partial")
-        self.key = ""
-
-    @property
-    def data(self) -> Path:
-        return self.work / self.key
-
-    @property
-    def records(self) -> Path:
-        return self.work / f"{self.key}.records"
-
-    def _check_output(self, overwrite: bool) -> None:
-        """Raise unless the output may be made, or replaced."""
-        try:
-            names = os.listdir(self.target)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            fail(self.caller, f"{self.target}: {error.strerror}", "choose another output")
-        if names and MANIFEST not in names:
-            problem = f"{self.target} exists, and is no export (it has no {MANIFEST})"
-            fail(self.caller, problem, "choose another output")
-        if names and not overwrite:
-            fail(
-                self.caller,
-                f"{self.target} exists, and is a finished export",
-                "choose another output, or replace it with overwrite=True",
-            )
-
-    @contextlib.contextmanager
-    def locked(self, overwrite: bool) -> Iterator[None]:
-        """Keep other processes out of the work directory."""
-        self._check_output(overwrite)
-        try:
-            from filelock import FileLock, Timeout
-        except ImportError:
-            fail(self.caller, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"{self.work} cannot be made ({error.strerror})"
-            fail(self.caller, problem, "choose another output")
-        lock = FileLock(self.work / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except (Timeout, FileNotFoundError):  # it just finished, and removed the directory
-            fail(
-                self.caller,
-                f"another process exports to {self.target}",
-                "wait for it, or choose another output",
-            )
-        try:
-            self._check_output(overwrite)  # the other process may have been about to finish
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # unless there is something to go on from
-                (self.work / "lock").unlink()
-                self.work.rmdir()
-            lock.release()
-
-    def choose(self, parameters: dict[str, Any], fingerprint: Any) -> None:
-        """Work below the key of these parameters, and remove what is below others."""
-        facts = [FORMAT, VERSION, parameters, fingerprint]
-        self.key = hashlib.sha256(canonical(facts).encode()).hexdigest()[:32]
-        kept = {self.data.name, self.records.name, "tokens", "lock"}
-        for path in self.work.iterdir():
-            if path.name not in kept:
-                _remove(path)
-        self.data.mkdir(exist_ok=True)
-        self.records.mkdir(exist_ok=True)
-
-    def publish(self, manifest: ExportManifest) -> None:
-        """Turn the finished files into the output."""
-        known = {file.name for file in manifest.files}
-        for path in self.data.iterdir():
-            if path.name not in known:
-                _remove(path)
-        write_bytes(self.data / MANIFEST, canonical(manifest.to_dict()).encode())
-        if self.target.exists():
-            self.target.rename(self.work / "replaced")
-        self.data.rename(self.target)
-        shutil.rmtree(self.work)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 # Writing.
 
 
 class _Job(NamedTuple):
-    source: PackedSource  # an item is a block of rows
+    source: PackedSource | None  # an item is a block of rows; None if there are none
     to: str
-    place: _Place
+    place: ExportPlace
 
 
 class _Task(NamedTuple):
@@ -315,29 +274,46 @@ class _Task(NamedTuple):
     rows: int
 
 
-def _write_all(
-    job: _Job, rows_per_file: int, workers: int, progress: bool | None
-) -> tuple[ExportedFile, ...]:
-    source = job.source
-    bins = source.plan.num_bins
+def _tasks(bins: int, rows_per_file: int, parameters: dict[str, Any]) -> list[_Task]:
     count = -(-bins // rows_per_file)
     width = max(5, len(str(count)))
-    tasks: list[Any] = [
+    return [
         _Task(
-            f"epoch-{epoch:05d}-{number:0{width}d}-of-{count:0{width}d}.{job.to}",
+            f"epoch-{epoch:05d}-{number:0{width}d}-of-{count:0{width}d}.{parameters['to']}",
             epoch,
             number * rows_per_file,
             min(rows_per_file, bins - number * rows_per_file),
         )
-        for epoch in range(source.epochs)
+        for epoch in range(parameters["epochs"])
         for number in range(count)
     ]
+
+
+def _write_all(
+    job: _Job, tasks: list[_Task], workers: int, progress: bool | None
+) -> tuple[ExportedFile, ...]:
     files = {}
-    with progress_bar("exporting rows", bins * source.epochs, progress) as advance:
-        for file in local_map(workers)(partial(_write_file, job), tasks):
+    write: Any = partial(_write_file, job)
+    rows = sum(task.rows for task in tasks)
+    with progress_bar("exporting rows", rows, progress) as advance:
+        for file in local_map(workers)(write, tasks):
             files[file.name] = file
             advance(file.rows)
     return tuple(files[task.name] for task in tasks)
+
+
+def _check_same(job: _Job, tasks: list[_Task], there: ExportManifest) -> None:
+    """Make the first file again: a finished export of other tokens is not what was asked for."""
+    place = job.place
+    for task, file in zip(tasks[:1], there.files, strict=False):
+        scratch = place.work / f"{task.name}.tmp"
+        try:
+            writer_of(place.caller, job.to)(scratch, _blocks(job.source, task))
+            entry = entry_of(place.caller, scratch)
+        finally:
+            scratch.unlink(missing_ok=True)
+        if entry != FileEntry(file.bytes, file.sha256):
+            place.refuse("is a finished export, of other tokens or by other versions of libraries")
 
 
 def _write_file(job: _Job, task: _Task) -> ExportedFile:
@@ -355,16 +331,19 @@ def _write_file(job: _Job, task: _Task) -> ExportedFile:
     try:
         writer_of(place.caller, job.to)(scratch, _blocks(job.source, task))
         entry = entry_of(place.caller, scratch)
-        os.replace(scratch, path)
+        file = ExportedFile(task.name, task.rows, entry.bytes, entry.sha256)
+        with making(place.caller, path):
+            os.replace(scratch, path)
+            write_bytes(record, canonical(file._asdict()).encode())
     finally:
         scratch.unlink(missing_ok=True)
-    file = ExportedFile(task.name, task.rows, entry.bytes, entry.sha256)
-    write_bytes(record, canonical(file._asdict()).encode())
     return file
 
 
-def _blocks(source: PackedSource, task: _Task) -> Iterator[NDArray[np.int32]]:
+def _blocks(source: PackedSource | None, task: _Task) -> Iterator[NDArray[np.int32]]:
     """Make the rows of a task in order: int32 `[rows, 3, max_seq_len]`."""
+    if source is None:
+        return
     size = source.batch_size or 1
     stop = task.first_row + task.rows
     for item in range(task.first_row // size, -(-stop // size)):

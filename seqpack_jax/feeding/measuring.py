@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import uuid
 from collections.abc import Callable, Generator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing import get_context
@@ -19,6 +26,7 @@ from numpy.typing import NDArray
 
 from seqpack_jax.errors import MAX_LENGTH, check_int, fail
 from seqpack_jax.feeding.progress import progress_bar
+from seqpack_jax.feeding.workers import file_lock, local_path, making, serve_parent
 
 __all__ = ["measure_lengths"]
 
@@ -53,8 +61,8 @@ def measure_lengths(
             `if __name__ == "__main__":`.
         cache: an `.npy` file for the lengths.  If it exists, it is returned.  While it is being
             made, finished chunks lie beside it in `CACHE.chunks`, so that a killed run goes on when
-            it is run again.  Remove both when the source or `length_fn` changes: a source of the
-            same size cannot be told from the old one.
+            it is run again; other processes that ask for it wait.  Remove both when the source or
+            `length_fn` changes: a source of the same size cannot be told from the old one.
         progress: whether to show a progress bar; None to do so when stderr is a terminal.
 
     Returns:
@@ -63,7 +71,7 @@ def measure_lengths(
     Raises:
         SeqpackError: an item cannot be measured or its length is not an int of at least 0 (the
             message names the item); the source, or `length_fn`, does not pickle; the cache is of a
-            source of another size, or no int64 `.npy` file.
+            source of another size, no int64 `.npy` file, or cannot be made.
 
     Example:
         >>> measure_lengths(["some text", "", "more"]).tolist()
@@ -77,11 +85,29 @@ def measure_lengths(
     except TypeError:
         kind = type(source).__name__
         fail(_CALLER, f"the source, of type {kind}, has no len()", "pass a random-access source")
-    store = None if cache is None else _Store(Path(cache), size)
-    if store is not None:
-        if store.cache.exists():
+    if cache is None:
+        return _measure_missing(source, length_fn, size, workers, None, progress)
+    store = _Store(local_path(_CALLER, "cache", cache), size)
+    if os.path.exists(store.cache):
+        return store.load()
+    with making(_CALLER, store.folder):
+        store.folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(_CALLER, store.folder / "lock"):
+        if os.path.exists(store.cache):  # another process has made it meanwhile
             return store.load()
         store.check_chunks()
+        return store.finish(_measure_missing(source, length_fn, size, workers, store, progress))
+
+
+def _measure_missing(
+    source: Any,
+    length_fn: Callable[[Any], int],
+    size: int,
+    workers: int,
+    store: _Store | None,
+    progress: bool | None,
+) -> Int64:
+    """Measure what the store has no chunk of, and keep it there."""
     lengths = np.zeros(size, np.int64)
     todo: list[Chunk] = []
     for start in range(0, size, _CHUNK):
@@ -99,7 +125,7 @@ def measure_lengths(
             if store is not None:
                 store.keep(start, chunk)
             advance(stop - start)
-    return lengths if store is None else store.finish(lengths)
+    return lengths
 
 
 def _measure_all(
@@ -115,9 +141,9 @@ def _measure_all(
     except Exception as error:
         hint = "define length_fn at the top of a module, or use workers=1"
         fail(_CALLER, f"the source or length_fn does not pickle: {error}", hint)
-    pool = ProcessPoolExecutor(
-        min(workers, len(todo)), get_context("spawn"), _Worker.start, (payload,)
-    )
+    context = get_context("spawn")
+    ended = context.RawValue("b", 0)  # workers look at it before each item
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _Worker.start, (payload, ended))
     try:
         waiting = list(reversed(todo))
         running: dict[Future[Int64], Chunk] = {}
@@ -131,6 +157,7 @@ def _measure_all(
         hint = "it may have run out of memory; scripts need `if __name__ == '__main__':`"
         fail(_CALLER, "a worker process ended without a result", hint)
     finally:
+        ended.value = 1  # a chunk may take minutes: Ctrl-C does not wait for those begun
         pool.shutdown(cancel_futures=True)
 
 
@@ -138,11 +165,13 @@ class _Worker:
     """What a worker process holds: unpickled at its first chunk, where an error is reported."""
 
     payload: bytes = b""
+    ended: Any = None
     unpickled: tuple[Any, Callable[[Any], int]] | None = None
 
     @classmethod
-    def start(cls, payload: bytes) -> None:
-        cls.payload = payload
+    def start(cls, payload: bytes, ended: Any) -> None:
+        serve_parent()
+        cls.payload, cls.ended = payload, ended
 
     @classmethod
     def measure(cls, start: int, stop: int) -> Int64:
@@ -154,12 +183,16 @@ class _Worker:
                 fail(_CALLER, f"a worker cannot unpickle the source or length_fn: {error}", hint)
             cls.payload = b""
         source, length_fn = cls.unpickled
-        return _measure(source, length_fn, start, stop)
+        return _measure(source, length_fn, start, stop, cls.ended)
 
 
-def _measure(source: Any, length_fn: Callable[[Any], int], start: int, stop: int) -> Int64:
+def _measure(
+    source: Any, length_fn: Callable[[Any], int], start: int, stop: int, ended: Any = None
+) -> Int64:
     lengths = []
     for item in range(start, stop):
+        if ended is not None and ended.value:
+            raise CancelledError
         try:
             length = length_fn(source[item])
         except Exception as error:
@@ -178,19 +211,18 @@ class _Store(NamedTuple):
     size: int
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         return self.cache.with_name(f"{self.cache.name}.chunks")
 
     def _path(self, start: int) -> Path:
-        return self._folder / f"{start}-of-{self.size}.npy"
+        return self.folder / f"{start}-of-{self.size}.npy"
 
     def check_chunks(self) -> None:
-        """Refuse chunks of another source; make the folder, if there is none."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob("*-of-*.npy"):
+        """Refuse chunks of another source."""
+        for path in self.folder.glob("*-of-*.npy"):
             size = path.stem.rpartition("-")[2]
             if size != str(self.size):
-                problem = f"{self._folder} is of {size} items, but the source has {self.size}"
+                problem = f"{self.folder} is of {size} items, but the source has {self.size}"
                 fail(_CALLER, problem, "remove it, or name another cache")
 
     def chunk(self, start: int, stop: int) -> Int64 | None:
@@ -211,10 +243,14 @@ class _Store(NamedTuple):
         return self.load()
 
     def _write(self, lengths: Int64, path: Path) -> None:
-        temporary = self._folder / f"{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            np.save(file, lengths)
-        os.replace(temporary, path)
+        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+        with making(_CALLER, path):
+            try:
+                with open(temporary, "wb") as file:
+                    np.save(file, lengths)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def load(self) -> Int64:
         """Map the finished cache, after checking it."""
@@ -228,5 +264,5 @@ class _Store(NamedTuple):
         if len(lengths) != self.size:
             problem = f"the cache {self.cache} is of {len(lengths)} items, but the source has"
             fail(_CALLER, f"{problem} {self.size}", hint)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         return lengths

@@ -36,7 +36,6 @@ class _Drawn(NamedTuple):
     """Bins of some consecutive items: item `k` has the bins `firsts[k]` to `firsts[k + 1]`."""
 
     block: tuple[int, int]  # epoch, and number of the block in it
-    key: int  # of the epoch
     bins: Bins
     planned: NDArray[np.int32]
     firsts: list[int]
@@ -160,7 +159,7 @@ class PackedSource:
             plan.max_seq_len,
             over_length=pools.over_length,
             pieces=pools.pieces,
-            key=drawn.key,
+            key=drawn.bins.key,
             tolerance=plan.tolerance,
         )
         rows, offsets = self.batch_size or 1, offsets - offsets[0]
@@ -198,10 +197,9 @@ class PackedSource:
         # Rows beyond the last bin, at the end of an epoch, stay empty.
         held = np.clip(self.plan.num_bins - starts, 0, rows)
         index = (starts[:, None] + np.arange(rows)).reshape(-1)
-        key = seed_from_components(self.seed, block[0])
-        epoch = replace(self._first, key=key)
+        epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
         bins, planned = epoch.bins_and_lengths(index[index < self.plan.num_bins])
-        return _Drawn(block, key, bins, planned, [0, *np.cumsum(held).tolist()])
+        return _Drawn(block, bins, planned, [0, *np.cumsum(held).tolist()])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_drawn": None, "_touched": None}

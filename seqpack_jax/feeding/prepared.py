@@ -6,7 +6,9 @@ open in milliseconds; `verify_prepared` reads the rest too.
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +36,16 @@ from seqpack_jax.feeding.manifest import (
 )
 from seqpack_jax.feeding.remote import local_copy
 from seqpack_jax.feeding.seed_directory import is_seed_manifest, load_seed_directory
-from seqpack_jax.feeding.storage import AGAIN, INT64, FileEntry, entry_of, map_array, map_int64
+from seqpack_jax.feeding.storage import (
+    AGAIN,
+    INT64,
+    FileEntry,
+    allow_open_files,
+    entry_of,
+    map_array,
+    map_int64,
+    reading,
+)
 from seqpack_jax.planning.histogram import SequencePools
 from seqpack_jax.planning.over_length import Pieces
 from seqpack_jax.planning.plan import PackingPlan
@@ -49,7 +60,8 @@ Int64 = NDArray[np.int64]
 class Prepared(NamedTuple):
     """A data set that `prepare` planned, opened by `load_prepared`.
 
-    Arrays are memory maps, and pickled by path: what a worker process receives is small.
+    Arrays are memory maps, and pickled by path: what a worker process receives is small.  Where it
+    is unpickled, the directory has to be the same one still: its digest is compared.
 
     Attributes:
         manifest: what `manifest.json` says: parameters, figures, shards, digest.
@@ -73,16 +85,42 @@ class Prepared(NamedTuple):
     pools: SequencePools
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.manifest, to_portable(self.counts), self.plan, self.pools)
+        counts: Int64 | MappedArray | None = to_portable(self.counts)
+        root = None
+        if isinstance(counts, MappedArray):
+            root = os.path.dirname(counts.path)
+        elif np.array_equal(self.counts, self.pools.counts):
+            counts = None
+        # In bytes, so that `_restore` looks at the directory before anything in it is mapped.
+        arrays = pickle.dumps((counts, self.plan, self.pools), pickle.HIGHEST_PROTOCOL)
+        return _restore, (self.manifest, root, _num_maps(self.pools), arrays)
 
 
-def _restore(
-    manifest: dict[str, Any],
-    counts: Int64 | MappedArray,
-    plan: PackingPlan,
-    pools: SequencePools,
-) -> Prepared:
-    return Prepared(manifest, from_portable(counts), plan, pools)
+def _num_maps(pools: SequencePools) -> int:
+    parts = len(pools.ids.parts) if isinstance(pools.ids, ArrayParts) else 1
+    return 3 * parts  # ids and starts of sequences and pieces, and tables of pieces
+
+
+def _restore(manifest: dict[str, Any], root: str | None, maps: int, arrays: bytes) -> Prepared:
+    if root is not None and (digest := manifest.get("digest")) is not None:
+        _check_digest(os.path.join(root, MANIFEST), digest)
+    allow_open_files(maps)
+    with reading(_CALLER, root or "a file of the pools"):
+        counts, plan, pools = pickle.loads(arrays)
+    counts = pools.counts if counts is None else from_portable(counts)
+    return Prepared(manifest, counts, plan, pools)
+
+
+def _check_digest(path: str, digest: str) -> None:
+    """Raise if a directory is another than the one that was pickled by its path."""
+    try:
+        with reading(_CALLER, path), open(path, "rb") as file:
+            found = json.load(file)["digest"]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        found = "none"
+    if found != digest:
+        problem = f"{path} has the digest {found}, but {digest} was pickled"
+        fail(_CALLER, problem, "the data set was replaced: load it again")
 
 
 def load_prepared(
@@ -120,7 +158,7 @@ def load_prepared(
         ...     manifest["bins"], counts.tolist(), pools[5].tolist()
         (2, [0, 0, 0, 1, 0, 2, 0, 1], [1, 2])
     """
-    root = local_copy(_CALLER, os.fspath(path), cache)
+    root = local_copy(_CALLER, path, cache)
     where = root / MANIFEST
     try:
         text = where.read_bytes().decode()
@@ -184,6 +222,7 @@ def map_shards_of(
         path = root / pool_file(number, f"{prefix}ids")
         return Grouped(map_array(_CALLER, path, coding.dtype, (size,)), base, starts)
 
+    allow_open_files(len(files))
     arrays = []
     first_row, first_piece = 0, first_piece_id(shards)
     none = Grouped(np.zeros(0, np.int64), 0, np.zeros(2, np.int64))

@@ -20,15 +20,23 @@ __all__ = ["local_copy"]
 _CHUNK = 1 << 23  # bytes that are copied at once
 
 
-def local_copy(caller: str, path: str, cache: str | os.PathLike[str] | None) -> Path:
+def local_copy(
+    caller: str, path: str | os.PathLike[str], cache: str | os.PathLike[str] | None
+) -> Path:
     """Return a local path as it is, and for a URL that of its copy in the cache.
 
     The first process that asks for a URL copies it; the others on this host wait.  Copies are found
-    by the digest in the manifest, which is all that is read of a URL that was copied before.
+    by the digest in the manifest, which is all that is read of a URL that was copied before.  A
+    copy that lacks a file, or has one of another size, is made anew.
 
     Raises:
-        SeqpackError: a file cannot be read or is not what the manifest says.
+        SeqpackError: `path` is none, or a file cannot be read or is not what the manifest says.
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        fail(caller, f"path is a {type(path).__name__}", "pass a string or a pathlib.Path")
+    path = os.fspath(path)
+    if "\0" in path:
+        fail(caller, f"path = {path!r} holds a null character", "pass the name of a directory")
     if "://" not in path and "::" not in path:
         return Path(path)
     fs, root = filesystem(caller, path)
@@ -46,7 +54,7 @@ def local_copy(caller: str, path: str, cache: str | os.PathLike[str] | None) -> 
     files = parse_manifest(caller, manifest, f"{path}/{MANIFEST}")[2]
     folder = Path(cache or os.environ.get("SEQPACK_CACHE") or Path.home() / ".cache/seqpack_jax")
     copy = folder / str(manifest["digest"])
-    if copy.exists():
+    if _is_whole(copy, files, text):
         return copy
     try:
         from filelock import FileLock
@@ -55,7 +63,8 @@ def local_copy(caller: str, path: str, cache: str | os.PathLike[str] | None) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{copy}.lock"):
-            if not copy.exists():
+            if not _is_whole(copy, files, text):
+                shutil.rmtree(copy, ignore_errors=True)
                 part = _copy(caller, fs, root, files, copy)
                 (part / MANIFEST).write_bytes(text.encode())
                 part.rename(copy)
@@ -63,6 +72,17 @@ def local_copy(caller: str, path: str, cache: str | os.PathLike[str] | None) -> 
         hint = "pass another cache, or set SEQPACK_CACHE"
         fail(caller, f"{folder} cannot be written ({error})", hint)
     return copy
+
+
+def _is_whole(copy: Path, files: dict[str, FileEntry], manifest: str) -> bool:
+    """Return whether a copy has the files that it should have, in their sizes."""
+    sizes = {name: entry.bytes for name, entry in files.items()}
+    sizes[MANIFEST] = len(manifest.encode())
+    try:
+        found = [path for path in copy.rglob("*") if not path.is_dir()]
+        return sizes == {path.relative_to(copy).as_posix(): path.stat().st_size for path in found}
+    except OSError:  # another process is just making it anew
+        return False
 
 
 def _copy(caller: str, fs: Any, root: str, files: dict[str, FileEntry], copy: Path) -> Path:

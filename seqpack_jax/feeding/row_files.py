@@ -1,20 +1,27 @@
-"""Files of packed rows: what writes and decodes them, and the manifest that lists them."""
+"""Files of packed rows: what writes and decodes them, where, and the manifest that lists them."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.errors import fail
-from seqpack_jax.feeding.manifest import digest_of
+from seqpack_jax.feeding.manifest import canonical, digest_of
+from seqpack_jax.feeding.storage import write_bytes
+from seqpack_jax.feeding.workers import file_lock, local_path, making
 
-__all__ = ["ExportManifest", "ExportedFile", "decode_row", "writer_of"]
+__all__ = ["ExportManifest", "ExportPlace", "ExportedFile", "decode_row", "writer_of"]
 
 FORMAT = "seqpack_jax.export"
 VERSION = 1
@@ -81,6 +88,18 @@ class ExportManifest:
             "files": [file._asdict() for file in self.files],
         }
         return {**manifest, "digest": digest_of(manifest)}
+
+    @classmethod
+    def read(cls, directory: Path) -> ExportManifest | None:
+        """Return what `export.json` says; None if it is none of this format, or was changed."""
+        try:
+            saved = json.loads((directory / MANIFEST).read_bytes())
+            files = tuple(ExportedFile(**file) for file in saved["files"])
+            parameters, rows = saved["parameters"], saved["rows_per_epoch"]
+            manifest = cls(directory, parameters, saved["max_seq_len"], rows, files)
+            return manifest if manifest.to_dict() == saved else None
+        except (OSError, LookupError, RecursionError, TypeError, ValueError):
+            return None
 
 
 def decode_row(record: bytes) -> dict[str, NDArray[np.int32]]:
@@ -173,3 +192,124 @@ def _write_parquet(path: Path, blocks: Blocks) -> None:
                     )
                 )
             writer.write_table(table, row_group_size=len(block))
+
+
+class ExportPlace:
+    """The output of an export, and the directory beside it in which it is made.
+
+    `.NAME.partial/KEY` holds finished files and `KEY.records` what is known of them, where KEY
+    stands for the parameters; a process that a killed run left behind writes below its own key.
+    """
+
+    def __init__(self, caller: str, output: str | os.PathLike[str]) -> None:
+        self.caller = caller
+        # What is behind a link is replaced, not the link.
+        self.target = Path(os.path.realpath(local_path(caller, "output", output)))
+        if not self.target.name:
+            fail(caller, f"{self.target} cannot be replaced", "choose another output")
+        self.work = self.target.with_name(f".{self.target.name}.partial")
+        self.key = ""
+        self.resumable = True
+
+    @property
+    def data(self) -> Path:
+        """Where finished files are."""
+        return self.work / self.key
+
+    @property
+    def records(self) -> Path:
+        """Where the records of finished files are."""
+        return self.work / f"{self.key}.records"
+
+    def check_output(self, parameters: dict[str, Any], overwrite: bool) -> ExportManifest | None:
+        """Return the finished export of these parameters, if it is there and shall stay.
+
+        Raises:
+            SeqpackError: something is there that must not be replaced.
+        """
+        try:
+            names = set(os.listdir(self.target))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            fail(self.caller, f"{self.target}: {error.strerror}", "choose another output")
+        if not names:
+            return None
+        manifest = ExportManifest.read(self.target)
+        if manifest is None:
+            problem = f"{self.target} exists, and is no export (it has no {MANIFEST} of this format"
+            fail(self.caller, f"{problem})", "choose another output")
+        sizes = {file.name: file.bytes for file in manifest.files}
+        if extra := sorted(names - {*sizes, MANIFEST}):
+            problem = f"{self.target} holds {extra[0]}, which is no file of the export there"
+            fail(self.caller, problem, "move it away, or choose another output")
+        if overwrite:
+            return None
+        with making(self.caller, self.target):
+            found = {name: (self.target / name).stat().st_size for name in names - {MANIFEST}}
+        if manifest.parameters != parameters or found != sizes:
+            self.refuse("is a finished export")
+        return manifest
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise the error on an export that must not be replaced."""
+        hint = "choose another output, or replace it with overwrite=True"
+        fail(self.caller, f"{self.target} exists, and {what}", hint)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the work directory; remove it if nothing can go on there."""
+        with making(self.caller, self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
+        busy = f"another process exports to {self.target}", "wait for it, or choose another output"
+        with file_lock(self.caller, self.work / "lock", busy):
+            try:
+                yield
+            finally:
+                if not self.resumable or not any(self.work.glob("*.records/*.json")):
+                    self.clear()
+
+    def clear(self) -> None:
+        """Remove the work directory."""
+        with contextlib.suppress(OSError):  # it was removed already, or is not ours to remove
+            for path in self.work.iterdir():
+                if path.name != "lock":
+                    _remove(path)
+            (self.work / "lock").unlink(missing_ok=True)
+            self.work.rmdir()  # unless another process has just put its lock there
+
+    def choose(self, parameters: dict[str, Any], fingerprint: Any) -> None:
+        """Work below the key of these parameters, and remove what is below others.
+
+        Without a fingerprint nobody knows whether files of earlier runs hold the same tokens.
+        """
+        self.resumable = fingerprint is not None
+        facts = [FORMAT, VERSION, parameters, fingerprint or uuid.uuid4().hex]
+        self.key = hashlib.sha256(canonical(facts).encode()).hexdigest()[:32]
+        kept = {self.data.name, self.records.name, "tokens", "lock"}
+        with making(self.caller, self.work):
+            for path in self.work.iterdir():
+                if path.name not in kept:
+                    _remove(path)
+            self.data.mkdir(exist_ok=True)
+            self.records.mkdir(exist_ok=True)
+
+    def publish(self, manifest: ExportManifest) -> None:
+        """Turn the finished files into the output."""
+        known = {file.name for file in manifest.files}
+        with making(self.caller, self.target):
+            for path in self.data.iterdir():
+                if path.name not in known:
+                    _remove(path)
+            write_bytes(self.data / MANIFEST, canonical(manifest.to_dict()).encode())
+            if self.target.exists():
+                self.target.rename(self.work / "replaced")
+            self.data.rename(self.target)
+        self.clear()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from seqpack_jax.errors import SeqpackError, fail
 from seqpack_jax.feeding.formats import naming
 from seqpack_jax.feeding.manifest import problem_of
+from seqpack_jax.feeding.storage import allow_open_files, reading
 from seqpack_jax.planning.counts import as_counts
 from seqpack_jax.planning.histogram import SequencePools
 from seqpack_jax.planning.plan import PackingPlan
@@ -72,6 +73,7 @@ def load_seed_directory(
             problem = f"{root / 'manifest.json'} has {name} = {manifest.get(name)!r}"
             fail(caller, f"{problem}, the files have {value}", _AGAIN)
     lengths = np.flatnonzero(counts).tolist()
+    allow_open_files(len(lengths))
     pools = {length: _map_pool(caller, root, length, int(counts[length])) for length in lengths}
     return manifest, counts, plan, SequencePools.from_mapping(pools)
 
@@ -85,10 +87,13 @@ def _read_json(caller: str, path: Path) -> Any:
 
 def _map_pool(caller: str, root: Path, length: int, count: int) -> NDArray[Any]:
     path = root / "pools" / f"{length}.npy"
-    with naming(caller, str(path)):
+    # Whatever NumPy raises on a damaged file, but what the system refuses has its own hints.
+    with naming(caller, str(path)), reading(caller, path):
         pool = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(pool, np.ndarray) or pool.ndim != 1 or pool.dtype.kind not in "iu":
         fail(caller, f"{path} is no 1-D array of integers", _AGAIN)
     if len(pool) != count:
         fail(caller, f"{path} holds {len(pool)} ids, counts.json says {count}", _AGAIN)
+    if pool.dtype == np.uint64 and (largest := int(pool.max(initial=0))) >= 2**63:
+        fail(caller, f"{path} holds the id {largest}, beyond int64", "use ids below 2**63")
     return pool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -115,26 +115,31 @@ def fetch_sequences(
     pieces: Pieces | None,
     key: int | None,
     tolerance: int = 1,
+    exact: bool = False,
 ) -> Fetched:
     """Return the tokens of `ids` that the policy keeps, once it is sure that the plan knew them.
 
     A sequence must have the tokens that were planned, or with a tolerance be of the bucket that was
     planned.  Under a policy that cuts, one that was planned at `max_seq_len` may have more, and a
-    window of it is kept.  The sequence of a piece must have the tokens that it was split with.
+    window of it is kept.  The sequence of a piece must have the tokens that it was split with; of
+    several pieces, it is read once.
 
-    Time: O(k) and a read per sequence, in whole arrays otherwise.
+    Time: O(k) and a read per sequence, in whole arrays otherwise; O(k log k) with pieces.
 
     Args:
         caller: the public function that an error shall name.
         sequences: where the tokens are.
-        ids: int64 `[k]`, of whole sequences and of pieces, any integers.
-        planned: integers `[k]`, what each of `ids` was planned as, or above `max_seq_len` its true
-            length, in tokens; not read where an id is that of a piece.
+        ids: int64 `[k]`, of whole sequences and of pieces, any integers; not below 0 for a list,
+            tuple or array, which would count from its end.
+        planned: integers `[k]`, what each of `ids` was planned as, in tokens; not read where an id
+            is that of a piece.
         max_seq_len: tokens per row of the plan.
         over_length: the policy of the plan.
         pieces: what the ids of pieces mean.
         key: that of the epoch (see `window_starts`).
         tolerance: that of the plan.
+        exact: `planned` are true lengths, before any policy; a sequence must have just that many
+            tokens.
 
     Raises:
         SeqpackError: a sequence differs from its plan, is missing or no 1-D array of integers.
@@ -146,11 +151,16 @@ def fetch_sequences(
         table = pieces.table[ids[own] - pieces.first_id]
         source, want = ids.copy(), want.copy()
         source[own], want[own] = table[:, 0], table[:, 3]
-    arrays = _read(caller, sequences, source)
+    if own.size:
+        distinct, places = np.unique(source, return_inverse=True)
+        read = _read(caller, sequences, distinct)
+        arrays = [read[k] for k in places.tolist()]
+    else:
+        arrays = _read(caller, sequences, source)
     have = np.array([len(array) for array in arrays], np.int64)
     expected = have
-    if over_length.action in CUTTING:
-        expected = np.where(want > max_seq_len, have, np.minimum(have, max_seq_len))
+    if over_length.action in CUTTING and not exact:
+        expected = np.minimum(have, max_seq_len)
     if tolerance > 1:
         as_is = expected > max_seq_len
         as_is[own] = True
@@ -205,6 +215,9 @@ def _read(caller: str, sequences: SequenceSource, ids: Int64) -> list[NDArray[An
             fail(caller, problem, "pass the sequences planned")
         starts, stops = sequences.offsets[ids].tolist(), sequences.offsets[ids + 1].tolist()
         return [tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    if isinstance(sequences, Sequence | np.ndarray) and len(ids) and int(ids.min()) < 0:
+        problem = f"sequence {ids[ids < 0][0]} is missing: an id is at least 0"
+        fail(caller, problem, "pass the sequences planned")
     arrays = []
     for index in ids.tolist():
         try:

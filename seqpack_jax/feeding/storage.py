@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,18 +19,23 @@ from seqpack_jax.errors import fail
 
 __all__ = [
     "FileEntry",
+    "RowsFile",
+    "allow_open_files",
     "entry_of",
     "map_array",
     "map_int64",
     "npy_header",
+    "reading",
     "write_array",
     "write_bytes",
+    "writing",
 ]
 
 INT64, UINT32 = "<i8", "<u4"
 AGAIN = "prepare the data set again"
 _HEADER = 128  # bytes
 _CHUNK = 1 << 18  # bytes that are written at once, and are still in the cache to be digested
+_SPARE_FILES = 64  # that a process may open beside those it maps
 
 
 class FileEntry(NamedTuple):
@@ -34,6 +43,60 @@ class FileEntry(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+# --- what the system refuses ------------------------------------------------------------------
+
+
+@contextmanager
+def reading(caller: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` while a file is opened, read or mapped into a `SeqpackError`."""
+    try:
+        yield
+    except OSError as error:
+        hint = AGAIN
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # every map keeps its file open
+            hint = "raise `ulimit -n`"
+        elif error.errno == errno.ENOMEM:
+            hint = "raise the system's limit of memory maps, vm.max_map_count"
+        fail(caller, f"{os.fspath(path)} cannot be read ({error.strerror})", hint)
+
+
+@contextmanager
+def writing(caller: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` while `path` is written into a `SeqpackError`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room and run it again: finished shards are kept"
+        problem = f"{error.filename or os.fspath(path)} cannot be written ({error.strerror})"
+        fail(caller, problem, hint)
+
+
+def allow_open_files(number: int) -> None:
+    """Raise the soft limit of open files, up to the hard one, so that `number` more can be mapped.
+
+    Every map keeps its file open.  Child processes inherit the limit.
+    """
+    try:
+        import resource
+    except ImportError:  # on Windows, which has no such limit
+        return
+    try:
+        used = len(os.listdir("/dev/fd"))
+    except OSError:
+        used = _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = used + number + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    with suppress(OSError, ValueError):  # then mapping says what is wrong
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# --- files ------------------------------------------------------------------------------------
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -77,6 +140,51 @@ def write_array(path: Path, array: NDArray[Any], dtype: str) -> FileEntry:
     return write_bytes(path, header, array.data if array.size else b"")
 
 
+class RowsFile:
+    """A `.npy` file of int64 `[n, columns]` that grows block by block, whole or not at all.
+
+    Attributes:
+        rows: how many were appended.
+        entry: of the file, after the `with` block; None without rows, when there is no file.
+    """
+
+    def __init__(self, path: Path, columns: int) -> None:
+        self._path, self._columns = path, columns
+        self._temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        self.rows = 0
+        self.entry: FileEntry | None = None
+
+    def __enter__(self) -> RowsFile:
+        self._file = self._temporary.open("wb")
+        self._file.write(bytes(_HEADER))
+        return self
+
+    def append(self, rows: NDArray[np.int64]) -> None:
+        """Append int64 `[k, columns]`."""
+        if len(rows):
+            self._file.write(np.ascontiguousarray(rows, INT64).data)
+            self.rows += len(rows)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with self._file:
+                if kind is None and self.rows:  # only now is the shape known
+                    self._file.seek(0)
+                    self._file.write(npy_header(INT64, (self.rows, self._columns)))
+            if kind is None and self.rows:
+                with self._temporary.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256")
+                    self.entry = FileEntry(file.tell(), digest.hexdigest())
+                os.replace(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
 def map_array(caller: str, path: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Map what `write_array` wrote, read-only, if it is of that dtype and shape.
 
@@ -84,19 +192,17 @@ def map_array(caller: str, path: Path, dtype: str, shape: tuple[int, ...]) -> ND
         SeqpackError: the file is missing, or its header or its size is another.
     """
     expected = _HEADER + int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = file.read(_HEADER)
-    except OSError as error:
-        fail(caller, f"{path} cannot be read ({error.strerror})", AGAIN)
+    with reading(caller, path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(_HEADER)
     if size != expected:
         fail(caller, f"{path} has {size} bytes, not {expected}", AGAIN)
     if header != npy_header(dtype, shape):
         fail(caller, f"{path} is not the .npy file of {dtype} {list(shape)} that it was", AGAIN)
     if 0 in shape:  # an empty file range cannot be mapped
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", _HEADER, shape)
+    with reading(caller, path):
+        return np.memmap(path, dtype, "r", _HEADER, shape)
 
 
 def map_int64(caller: str, path: Path, entry: FileEntry) -> NDArray[np.int64]:
@@ -106,9 +212,6 @@ def map_int64(caller: str, path: Path, entry: FileEntry) -> NDArray[np.int64]:
 
 def entry_of(caller: str, path: Path) -> FileEntry:
     """Read a file for its entry.  Time: O(size)."""
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-            return FileEntry(file.tell(), digest.hexdigest())
-    except OSError as error:
-        fail(caller, f"{path} cannot be read ({error.strerror})", AGAIN)
+    with reading(caller, path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(file.tell(), digest.hexdigest())

@@ -10,12 +10,10 @@ A token store is a directory of `.npy` files, none of which is ever unpickled:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,19 @@ from numpy.typing import NDArray
 from seqpack_jax.arrays import MappedArray, from_portable, to_portable
 from seqpack_jax.errors import SeqpackError, check_int, check_integers, fail
 from seqpack_jax.feeding.formats import Columns, TokenBlock
-from seqpack_jax.feeding.inputs import list_shards, read_token_blocks
+from seqpack_jax.feeding.inputs import Shard, Source, list_shards, read_token_blocks
 from seqpack_jax.feeding.sequences import FlatSequences
-from seqpack_jax.feeding.storage import npy_header
+from seqpack_jax.feeding.store_writer import write_store
+from seqpack_jax.feeding.workers import file_lock, local_path, making
 
-__all__ = ["KeyedSequences", "fingerprint_of", "is_store", "open_sequences", "write_flat"]
+__all__ = [
+    "KeyedSequences",
+    "fingerprint_of",
+    "is_store",
+    "open_files",
+    "open_sequences",
+    "write_flat",
+]
 
 _STORE_VERSION = 1  # of the files above; part of the name of a store
 _DAMAGED = "it may be cut short, or not have been written by numpy.save: make it again"
@@ -95,7 +101,7 @@ class KeyedSequences:
 
 
 def open_sequences(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     tokens_column: str | None = None,
     id_column: str | None = None,
@@ -106,15 +112,16 @@ def open_sequences(
     A token store (a directory with `tokens.npy` and `offsets.npy`, from `write_flat` or your own)
     is memory-mapped.  Parquet and FASTA are streamed once, in bounded memory, into a store inside
     `work_dir`, which is kept and found again as long as the input is unchanged.  It takes as many
-    bytes as the tokens, in the dtype of their column, at most int32; residues are uint8 codes of
+    bytes as the tokens, in the dtype of their column (the wider, if files differ), at most int32;
+    residues are uint8 codes of
     their letters.
 
     Time: O(1) for a store, O(tokens) for other files.  Memory: a block; with ids in no order, 16
     bytes per sequence while they are sorted.
 
     Args:
-        path: a directory with a token store; or parquet or FASTA files: one, a directory or a glob,
-            in whatever fsspec opens, as for `prepare`.
+        path: a directory with a token store; or parquet or FASTA files: one, a directory, a glob,
+            or a list of these, in whatever fsspec opens, as for `prepare`.
         tokens_column: of the parquet files, lists of integers.
         id_column: of the parquet files, integers; None for the number of the row, as in `prepare`.
         work_dir: where the store of other files is kept.  It need not exist.
@@ -124,7 +131,8 @@ def open_sequences(
 
     Raises:
         SeqpackError: the files cannot be read, an array or a column is missing or is not of
-            integers, an id comes twice, a token is beyond int32, or `work_dir` is missing.
+            integers, an id comes twice, a token is beyond int32, or `work_dir` is missing or cannot
+            be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -139,27 +147,63 @@ def open_sequences(
         if tokens_column is not None or id_column is not None:
             problem = f"{path} holds a token store, which has no columns"
             fail(caller, problem, "leave tokens_column and id_column out")
-        return _open_store(caller, Path(path))
-    if work_dir is None:
+    elif work_dir is None:
         problem = f"{path} is no token store (a directory with tokens.npy and offsets.npy)"
         fail(caller, problem, "pass work_dir=..., where one is made of parquet or FASTA files")
-    work = Path(work_dir)
-    work.mkdir(parents=True, exist_ok=True)
-    columns = Columns(tokens=tokens_column, id=id_column)
-    source = os.fspath(path)
-    shards = list_shards(source, columns, work_dir=work, caller=caller)
-    facts = [_STORE_VERSION, columns, [shard.fingerprint for shard in shards]]
-    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-    store = work / f"tokens-{digest}"
-    with _locked(caller, work / f".{store.name}.lock"):
-        if not store.exists():
-            _write_store(caller, read_token_blocks(caller, shards, columns), store)
+    return open_files(caller, path, Columns(tokens=tokens_column, id=id_column), work_dir)
+
+
+def open_files(
+    caller: str,
+    source: Source,
+    columns: Columns,
+    work_dir: str | os.PathLike[str] | None,
+    check: Callable[[list[Shard]], None] | None = None,
+) -> FlatSequences | KeyedSequences:
+    """Open what `open_sequences` does; `check` may refuse the shards before their tokens are read.
+
+    Args:
+        caller: the public function that an error shall name.
+        source: a token store, or files.
+        columns: of parquet files.
+        work_dir: for the store that is made of files.
+        check: is not called for a token store.
+
+    Raises:
+        SeqpackError: as `open_sequences`, or what `check` raises.
+    """
+    if (single := _single(source)) is not None and is_store(single):
+        return _open_store(caller, Path(os.path.expanduser(single)))
+    work = local_path(caller, "work_dir", work_dir)
+    with making(caller, work):
+        work.mkdir(parents=True, exist_ok=True)
+        shards = list_shards(source, columns, work_dir=work, caller=caller)
+        if check is not None:
+            check(shards)
+        facts = [_STORE_VERSION, columns, [shard.fingerprint for shard in shards]]
+        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        store = work / f"tokens-{digest}"
+        with file_lock(caller, work / f".{store.name}.lock"):
+            if not store.exists():
+                blocks = read_token_blocks(caller, shards, columns)
+                write_store(caller, blocks, store, widen=True)
     return _open_store(caller, store)
 
 
-def is_store(path: str | os.PathLike[str]) -> bool:
+def is_store(source: Any) -> bool:
     """Return whether a path is that of a token store, and not of files to make one of."""
-    return (Path(path) / "tokens.npy").exists()
+    single = _single(source)
+    return single is not None and os.path.exists(
+        os.path.join(os.path.expanduser(single), "tokens.npy")
+    )
+
+
+def _single(source: Any) -> str | None:
+    """Return the one path that is given, perhaps in a list."""
+    if isinstance(source, list | tuple) and len(source) == 1:
+        source = source[0]
+    path = os.fspath(source) if isinstance(source, os.PathLike) else source
+    return path if isinstance(path, str) else None
 
 
 def write_flat(blocks: Iterable[tuple[Any, ...]], directory: str | os.PathLike[str]) -> None:
@@ -177,8 +221,8 @@ def write_flat(blocks: Iterable[tuple[Any, ...]], directory: str | os.PathLike[s
         directory: to be made; its parents too.
 
     Raises:
-        SeqpackError: the directory exists, a block is not of that form, an id comes twice, or a
-            token does not fit the dtype.
+        SeqpackError: the directory exists or cannot be made, a block is not of that form, an id
+            comes twice or is over int64, or a token does not fit the dtype.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -189,11 +233,12 @@ def write_flat(blocks: Iterable[tuple[Any, ...]], directory: str | os.PathLike[s
         [9]
     """
     caller = "write_flat"
-    target = Path(directory)
-    if target.exists():
+    target = local_path(caller, "directory", directory)
+    if os.path.lexists(target):
         fail(caller, f"{directory} exists", "pass another directory, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _write_store(caller, _checked(caller, blocks), target)
+    with making(caller, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_store(caller, _checked(caller, blocks), target)
 
 
 def _checked(caller: str, blocks: Iterable[tuple[Any, ...]]) -> Iterator[TokenBlock]:
@@ -210,6 +255,13 @@ def _checked(caller: str, blocks: Iterable[tuple[Any, ...]]) -> Iterator[TokenBl
         tokens, sizes, ids = (*arrays, None)[:3]
         if tokens is None or sizes is None or (len(sizes) and int(sizes.min()) < 0):
             fail(caller, f"sizes of block {number} are not sizes", "pass integers from 0 on")
+        for name, array in zip(names[1:], arrays[1:], strict=True):
+            if array is not None and int(array.max(initial=0)) >= 2**63:
+                problem = f"{name} of block {number} go up to {array.max()}, beyond int64"
+                fail(caller, problem, "sizes and ids are int64")
+        if (sizes > len(tokens)).any():  # their sum might overflow
+            problem = f"block {number} has {len(tokens)} tokens, but a size of {sizes.max()}"
+            fail(caller, problem, "pass the size of each sequence")
         sizes = sizes.astype(np.int64)
         if int(sizes.sum()) != len(tokens) or (ids is not None and len(ids) != len(sizes)):
             held = "" if ids is None else f" and {len(ids)} ids"
@@ -224,9 +276,10 @@ def fingerprint_of(sequences: Any) -> Any:
     Time: O(1) for memory-mapped arrays, which go by size and time of change of their files; others
     are read.
     """
-    if isinstance(sequences, KeyedSequences):
+    # Subclasses may read what they like from elsewhere.
+    if type(sequences) is KeyedSequences:
         arrays = [sequences.flat.tokens, sequences.flat.offsets, sequences.ids, sequences.rows]
-    elif isinstance(sequences, FlatSequences):
+    elif type(sequences) is FlatSequences:
         arrays = [sequences.tokens, sequences.offsets]
     else:
         return None
@@ -240,136 +293,6 @@ def fingerprint_of(sequences: Any) -> Any:
             content = hashlib.sha256(np.ascontiguousarray(portable).data)
             found.append([portable.dtype.str, content.hexdigest()])
     return found
-
-
-# Writing.
-
-
-class _NpyStream:
-    """A `.npy` file of a 1-D array that grows, block by block."""
-
-    def __init__(self, path: Path, dtype: Any) -> None:
-        self.dtype, self.rows = np.dtype(dtype).newbyteorder("<"), 0
-        self.file = path.open("wb")
-        self._write_header()
-
-    def _write_header(self) -> None:
-        self.file.write(npy_header(self.dtype.str, (self.rows,)))
-
-    def append(self, array: NDArray[Any]) -> None:
-        self.file.write(np.ascontiguousarray(array, self.dtype).data)
-        self.rows += len(array)
-
-    def close(self) -> None:
-        if not self.file.closed:
-            self.file.seek(0)  # all headers are of one size
-            self._write_header()
-            self.file.close()
-
-
-class _StoreWriter:
-    """Writes the arrays of a store, block by block."""
-
-    def __init__(self, caller: str, directory: Path) -> None:
-        self.caller, self.directory = caller, directory
-        self.streams: dict[str, _NpyStream] = {}
-        self.rows, self.end, self.last_id = 0, 0, 0
-        self.rising = self.numbered = True  # the ids: as they came, and are row numbers
-        self._append("offsets", np.zeros(1, np.int64), np.int64)
-
-    def _append(self, name: str, array: NDArray[Any], dtype: Any) -> None:
-        if name not in self.streams:
-            self.streams[name] = _NpyStream(self.directory / f"{name}.npy", dtype)
-        self.streams[name].append(array)
-
-    def add(self, block: TokenBlock) -> None:
-        if len(block.tokens):
-            known, dtype = self.streams.get("tokens"), block.tokens.dtype
-            dtype = known.dtype if known else dtype if dtype.itemsize < 4 else np.dtype(np.int32)
-            self._check_tokens(block, dtype)
-            self._append("tokens", block.tokens, dtype)
-        if self.rows and ("ids" in self.streams) != (block.ids is not None):
-            problem = f"ids come with some blocks, but not with all (row {self.rows})"
-            fail(self.caller, problem, "pass ids with every block, or with none")
-        ends = self.end + np.cumsum(block.sizes)
-        self._append("offsets", ends, np.int64)
-        if block.ids is not None and len(block.ids):
-            self._append("ids", block.ids, np.int64)
-            first = self.rows == 0 or int(block.ids[0]) > self.last_id
-            self.rising &= first and bool((block.ids[1:] > block.ids[:-1]).all())
-            rows = np.arange(self.rows, self.rows + len(ends))
-            self.numbered &= bool((block.ids == rows).all())
-            self.last_id = int(block.ids[-1])
-        self.rows += len(ends)
-        self.end = int(ends[-1]) if len(ends) else self.end
-
-    def _check_tokens(self, block: TokenBlock, dtype: np.dtype[Any]) -> None:
-        """Refuse tokens beyond the dtype of the store."""
-        tokens, limits = block.tokens, np.iinfo(dtype)
-        if np.can_cast(tokens.dtype, dtype):
-            return
-        for at in (int(tokens.argmin()), int(tokens.argmax())):
-            if not limits.min <= int(tokens[at]) <= limits.max:
-                row = self.rows + int(np.searchsorted(np.cumsum(block.sizes), at, side="right"))
-                problem = f"row {row} holds the token {tokens[at]}, beyond {dtype.name}"
-                hint = "tokens fit into int32, and all blocks into the dtype of the first"
-                fail(self.caller, problem, hint)
-
-    def close(self) -> None:
-        for stream in self.streams.values():
-            stream.close()
-
-    def finish(self) -> None:
-        """Complete the store: sort its ids, unless they are row numbers."""
-        if "tokens" not in self.streams:
-            self._append("tokens", np.zeros(0, np.int32), np.int32)
-        self.close()
-        if "ids" not in self.streams:
-            return
-        path = self.directory / "ids.npy"
-        if self.numbered:
-            path.unlink()
-        elif not self.rising:
-            ids = np.load(path)
-            order = np.argsort(ids, kind="stable")
-            ids = ids[order]
-            again = np.flatnonzero(ids[1:] == ids[:-1])
-            if again.size:
-                k = int(again[0])
-                problem = f"id {ids[k]} comes twice, in rows {order[k]} and {order[k + 1]}"
-                fail(
-                    self.caller,
-                    f"{problem} ({again.size} ids repeat an earlier one)",
-                    "name a column of distinct ids, or none for row numbers",
-                )
-            np.save(path, ids)
-            np.save(path.with_name("rows.npy"), order.astype(np.min_scalar_type(len(order))))
-
-
-def _write_store(caller: str, blocks: Iterable[TokenBlock], store: Path) -> None:
-    """Write a store beside its place, and move it there."""
-    partial = store.with_name(f".{store.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    try:
-        with contextlib.closing(_StoreWriter(caller, partial)) as writer:
-            for block in blocks:
-                writer.add(block)
-            writer.finish()
-        os.rename(partial, store)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(caller: str, path: Path) -> Iterator[None]:
-    """Wait until no other process makes the same store."""
-    try:
-        from filelock import FileLock
-    except ImportError:
-        fail(caller, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
-    with FileLock(path):
-        yield
 
 
 # Reading.

@@ -1,4 +1,4 @@
-"""Processes of this machine that share work: no more than a map over a list."""
+"""What processes of this machine share: work, by a map over a list, and files, under a lock."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from seqpack_jax.errors import fail
 
-__all__ = ["local_map"]
+__all__ = ["file_lock", "local_map", "local_path", "making", "serve_parent"]
 
 _Shard = TypeVar("_Shard")
 _Result = TypeVar("_Result")
@@ -47,7 +49,7 @@ def local_map(
             return
         done: SimpleQueue[Future[_Result]] = SimpleQueue()
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(others, context, _serve_parent) as pool:
+        with ProcessPoolExecutor(others, context, serve_parent) as pool:
             for _ in range(others):
                 threading.Thread(target=_keep_busy, args=(pool, function, todo, done)).start()
             try:
@@ -93,7 +95,7 @@ def _next_of(todo: deque[_Shard]) -> _Shard | None:
         return None
 
 
-def _serve_parent() -> None:
+def serve_parent() -> None:
     """Make a worker process end with the one that started it, even when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -104,3 +106,59 @@ def _serve_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+# Files.
+
+
+def local_path(caller: str, name: str, value: Any) -> Path:
+    """Return the path that an argument names, with `~` expanded.
+
+    Raises:
+        SeqpackError: it is no path, or a URL.
+    """
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        fail(caller, f"{name} = {value!r} is not a path", f"pass {name} as a str or a Path")
+    if "://" in path:
+        problem = f"the {name} {path} is no local path"
+        fail(caller, problem, "write to a local or mounted directory, and copy it")
+    return Path(os.path.expanduser(path))
+
+
+@contextmanager
+def making(caller: str, path: Path) -> Iterator[None]:
+    """Turn what the file system raises into the error of `caller` on the path that is made."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        fail(caller, f"{path} cannot be made ({reason})", "choose another path, or its rights")
+
+
+@contextmanager
+def file_lock(caller: str, path: Path, busy: tuple[str, str] | None = None) -> Iterator[None]:
+    """Hold the lock `path`, which no other process holds at the same time.
+
+    Args:
+        caller: the public function that an error shall name.
+        path: a file, which may be removed while the lock is held.
+        busy: problem and hint of the error if another process holds it; None to wait for it.
+    """
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        fail(caller, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
+    lock = FileLock(path, timeout=-1 if busy is None else 0)
+    with making(caller, path):
+        while not lock.is_locked:
+            try:
+                lock.acquire()
+            except (Timeout, FileNotFoundError):  # it just finished, and removed the directory
+                if busy is not None:
+                    fail(caller, *busy)
+                path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -37,6 +37,8 @@ class Bins:
         pieces: what the ids of split sequences mean, None when nothing was split.
         over_length: the policy that says which tokens of an over-length sequence are in its bin.
         report: what that policy touched, in all bins of the packing.
+        key: selects the windows of `"crop"`: that of the epoch (`Epoch.key`), or of the seed of
+            `pack_sequences`; None keeps the first tokens.
 
     Example:
         >>> bins = Bins(np.array([4, 1, 0]), np.array([0, 2, 3]), max_seq_len=8)
@@ -50,6 +52,7 @@ class Bins:
     pieces: Pieces | None = None
     over_length: OverLength = REFUSE
     report: OverLengthReport = NOTHING_TOUCHED
+    key: int | None = None
 
     def __len__(self) -> int:
         return max(0, len(self.offsets) - 1)
@@ -65,6 +68,8 @@ class Bins:
             if step != 1:
                 fail("Bins", f"the slice has step {step}", "take slices of step 1")
             offsets = self.offsets[start : max(start, stop) + 1]
+            if not len(offsets):  # no bins, and not even the 0 that they start from
+                return self
             ids = self.ids[offsets[0] : offsets[-1]]
             return replace(self, ids=ids, offsets=offsets - offsets[0])
         place = check_int("Bins", "index", index)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.errors import MAX_LENGTH, MAX_TOTAL, OVER_LENGTH_HINT, check_integers, fail
 
-__all__ = ["Int64", "as_counts", "coarsen_counts", "coarsen_lengths"]
+__all__ = ["Int64", "as_counts", "coarsen_counts", "coarsen_lengths", "plain_integers"]
 
 Int64 = NDArray[np.int64]
+
+
+def plain_integers(values: Iterable[Any]) -> list[Any]:
+    """Return `values`, those of NumPy's integer types as `int`: of two types, it makes floats.
+
+    Example:
+        >>> np.asarray([np.uint64(1), np.int64(2)]).dtype
+        dtype('float64')
+        >>> plain_integers([np.uint64(1), np.int64(2), "3"])
+        [1, 2, '3']
+    """
+    return [operator.index(each) if isinstance(each, np.integer) else each for each in values]
 
 
 def as_counts(
@@ -26,7 +39,8 @@ def as_counts(
 
     Args:
         caller: the public function that an error shall name.
-        counts: how many sequences have each length, indexed by length, or `{length: count}`.
+        counts: how many sequences have each length, indexed by length, or `{length: count}`, where
+            lengths of count 0 are left out, whatever they are.
         max_seq_len: the largest length that may have a count, in tokens.
         hint: what to do about longer ones.
 
@@ -35,8 +49,9 @@ def as_counts(
             `[1, max_seq_len]`.
     """
     if isinstance(counts, Mapping):
-        keys = check_integers(caller, "counts (keys)", list(counts.keys()))
-        values = check_integers(caller, "counts (values)", list(counts.values()))
+        keys = check_integers(caller, "counts (keys)", plain_integers(counts.keys()))
+        values = check_integers(caller, "counts (values)", plain_integers(counts.values()))
+        keys, values = keys[values != 0], values[values != 0]
         if keys.size and (low := int(keys.min())) < 0:
             fail(caller, f"counts has the length {low}", "a length is at least 1 token")
         _check_longest(caller, int(keys.max(initial=0)), counts, max_seq_len, hint)

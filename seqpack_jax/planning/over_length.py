@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ACTIONS = ("error", "drop", "truncate", "truncate_left", "crop", "split")
+_POSITIONS = ("restart", "continue")
 _CROP = 0x63726F70  # keeps the windows of an epoch apart from its pairings
 
 
@@ -66,10 +67,17 @@ class OverLength:
 
     def __post_init__(self) -> None:
         caller = "OverLength"
-        check_choice(caller, "action", self.action, ACTIONS)
-        check_int(caller, "overlap", self.overlap, 0)
-        check_int(caller, "min_tail", self.min_tail, 1)
-        check_choice(caller, "positions", self.positions, ("restart", "continue"))
+        # As plain Python values, whatever was given: they are printed, saved and computed with.
+        plain_fields = {
+            "action": _plain(check_choice(caller, "action", self.action, ACTIONS), ACTIONS),
+            "overlap": check_int(caller, "overlap", self.overlap, 0),
+            "min_tail": check_int(caller, "min_tail", self.min_tail, 1),
+            "positions": _plain(
+                check_choice(caller, "positions", self.positions, _POSITIONS), _POSITIONS
+            ),
+        }
+        for name, value in plain_fields.items():
+            object.__setattr__(self, name, value)
         plain = (self.overlap, self.min_tail, self.positions) == (0, 1, "restart")
         if self.action != "split" and not plain:
             fail(
@@ -90,6 +98,11 @@ class OverLength:
             if value > limit:
                 problem = f"{name} = {value}, but max_seq_len is {max_seq_len}"
                 fail(caller, problem, f"pass {name} of at most {limit}")
+
+
+def _plain(value: str, choices: tuple[str, ...]) -> str:
+    """Return the choice that equals `value`, which may be an enum or a NumPy string."""
+    return choices[choices.index(value)]
 
 
 class OverLengthReport(NamedTuple):

@@ -99,7 +99,20 @@ def pack_length_histogram(
     tolerance = check_int(caller, "tolerance", tolerance, 1)
     policy = as_policy(caller, over_length)
     array = as_counts(caller, counts, max_seq_len if policy == REFUSE else None)
-    array = as_counts(caller, apply_to_counts(caller, policy, array, max_seq_len)[0], max_seq_len)
+    array = apply_to_counts(caller, policy, array, max_seq_len)[0]
+    return _plan(caller, array, max_seq_len, algorithm, max_segments, tolerance)
+
+
+def _plan(
+    caller: str,
+    counts: Int64,
+    max_seq_len: int,
+    algorithm: str,
+    max_segments: int | None,
+    tolerance: int,
+) -> PackingPlan:
+    """Plan counts of what the over-length policy made of all sequences."""
+    array = as_counts(caller, counts, max_seq_len)
     planned = coarsen_counts(array, tolerance, max_seq_len)
     templates = ALGORITHMS[algorithm](planned, max_seq_len, max_segments)
     bins = int(templates.multiplicity.sum())
@@ -142,7 +155,8 @@ def pack_sequences(
         max_segments: the most sequences that a bin may hold, None for no cap.
         tolerance: as in `pack_length_histogram`; without effect on `"next_fit"`.
         seed: shuffles which sequences of equal (or equally planned) length go where; None keeps
-            them in input order.  Without effect on `"next_fit"`.
+            them in input order.  Without effect on `"next_fit"`.  It also selects the windows of
+            `over_length="crop"`; None keeps the first tokens.
         over_length: what to do with lengths over `max_seq_len`: the name of an action or an
             `OverLength`, as in `length_histogram_from_lengths`.  Pieces of split sequences get
             ids from `n` on, see `bins.pieces`; `bins.report` counts what was touched.
@@ -163,7 +177,28 @@ def pack_sequences(
         >>> bins.tolist(), bins.pieces.start.tolist(), bins.pieces.stop.tolist()
         ([[2], [3], [0, 4]], [0, 4, 8], [4, 8, 9])
     """
-    caller = "pack_sequences"
+    return _pack(
+        "pack_sequences",
+        lengths,
+        max_seq_len,
+        algorithm,
+        max_segments,
+        tolerance,
+        seed,
+        over_length,
+    )
+
+
+def _pack(
+    caller: str,
+    lengths: ArrayLike,
+    max_seq_len: int,
+    algorithm: str,
+    max_segments: int | None,
+    tolerance: int,
+    seed: int | None,
+    over_length: str | OverLength,
+) -> Bins:
     check_choice(caller, "algorithm", algorithm, (*ALGORITHMS, "next_fit"))
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
     tolerance = check_int(caller, "tolerance", tolerance, 1)
@@ -176,17 +211,21 @@ def pack_sequences(
         bins = Bins(ids, next_fit_offsets(own[ids], max_seq_len, max_segments), max_seq_len)
     else:
         counts, ids = group_ids(own)
-        plan = pack_length_histogram(
-            counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
-        )
+        plan = _plan(caller, counts, max_seq_len, algorithm, max_segments, tolerance)
         if tolerance > 1:  # keep input order inside a bucket, as inside a length
             counts, ids = group_ids(coarsen_lengths(own, tolerance, max_seq_len))
         bins = _assign(plan, ids if seed is None else _shuffled(counts, ids, seed))
-    return replace(bins, pieces=planned.pieces, over_length=policy, report=planned.report)
+    key = None if seed is None else seed_from_components(seed)
+    return replace(bins, pieces=planned.pieces, over_length=policy, report=planned.report, key=key)
 
 
 def greedy_pack_sequences(
-    lengths: ArrayLike, max_seq_len: int, tolerance: int = 1, seed: int | None = None
+    lengths: ArrayLike,
+    max_seq_len: int,
+    tolerance: int = 1,
+    seed: int | None = None,
+    *,
+    over_length: str | OverLength = "error",
 ) -> Bins:
     """Pack by first fit decreasing: `pack_sequences` under the seed library's name.
 
@@ -194,13 +233,17 @@ def greedy_pack_sequences(
         >>> greedy_pack_sequences([5, 3, 4, 2, 1], max_seq_len=8).tolist()
         [[0, 1], [2, 3, 4]]
     """
-    return pack_sequences(
-        lengths, max_seq_len, algorithm="first_fit_decreasing", tolerance=tolerance, seed=seed
-    )
+    caller, algorithm = "greedy_pack_sequences", "first_fit_decreasing"
+    return _pack(caller, lengths, max_seq_len, algorithm, None, tolerance, seed, over_length)
 
 
 def heap_pack_sequences(
-    lengths: ArrayLike, max_seq_len: int, tolerance: int = 1, seed: int | None = None
+    lengths: ArrayLike,
+    max_seq_len: int,
+    tolerance: int = 1,
+    seed: int | None = None,
+    *,
+    over_length: str | OverLength = "error",
 ) -> Bins:
     """Pack by worst fit decreasing: `pack_sequences` under the seed library's name.
 
@@ -208,9 +251,8 @@ def heap_pack_sequences(
         >>> heap_pack_sequences([128, 64, 32, 16, 200, 80, 50], max_seq_len=256).tolist()
         [[4], [0, 5], [1, 6, 2, 3]]
     """
-    return pack_sequences(
-        lengths, max_seq_len, algorithm="worst_fit_decreasing", tolerance=tolerance, seed=seed
-    )
+    caller, algorithm = "heap_pack_sequences", "worst_fit_decreasing"
+    return _pack(caller, lengths, max_seq_len, algorithm, None, tolerance, seed, over_length)
 
 
 def sort_indices_by_length(

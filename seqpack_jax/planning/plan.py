@@ -107,6 +107,14 @@ class PackingPlan:
     certificate: Certificate | None = None
     tolerance_rows: int = 0
 
+    def __post_init__(self) -> None:
+        # As Python integers, whose text the digest takes; others are for `check` to find.
+        for name in ("max_seq_len", "num_tokens", "tolerance", "tolerance_rows"):
+            if isinstance(value := getattr(self, name), int | np.integer):
+                # Any tolerance above `max_seq_len` means the same; a file holds 64 bits.
+                value = min(int(value), MAX_LENGTH) if name == "tolerance" else int(value)
+                object.__setattr__(self, name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived, and store the arrays as narrow as they are."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -204,6 +212,7 @@ class PackingPlan:
         hint = "the plan is damaged; make it again"
         check_int(caller, "max_seq_len", self.max_seq_len, 1, MAX_LENGTH)
         check_int(caller, "tolerance", self.tolerance, 1)
+        check_int(caller, "num_tokens", self.num_tokens, 0)
         for name in _ARRAYS:
             check_integers(caller, name, getattr(self, name))
         check_offsets(caller, self.offsets, len(self.lengths), len(self.multiplicity), hint)
@@ -269,16 +278,22 @@ class PackingPlan:
         Templates are taken in falling order, so equal counters make equal plans.
 
         Raises:
-            SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.
+            SeqpackError: a template is empty, over `max_seq_len` or holds anything but lengths of
+                at least 1, or a multiplicity is negative or no integer.
         """
         caller = "PackingPlan.from_counter"
         max_seq_len = check_int(caller, "max_seq_len", max_seq_len, 1, MAX_LENGTH)
+        if not isinstance(counter, Mapping):
+            problem = f"counter is a {type(counter).__name__}"
+            fail(caller, problem, "pass {(length, ...): bins}")
         merged: Counter[tuple[int, ...]] = Counter()
         for template, count in counter.items():
             if not isinstance(template, tuple):
                 fail(caller, f"{template!r} is not a template", "pass {(length, ...): bins}")
-            if count != 0:  # as arithmetic with counters leaves behind
-                merged[tuple(sorted(template, reverse=True))] += count
+            lengths_of = [check_int(caller, f"a length of {template}", each) for each in template]
+            count = check_int(caller, f"counter[{template}]", count, 0, MAX_TOTAL)
+            if count:  # arithmetic with counters leaves zeros behind
+                merged[tuple(sorted(lengths_of, reverse=True))] += count
         merged = Counter(dict(sorted(merged.items(), reverse=True)))
         sizes = np.array([len(template) for template in merged], np.int64)
         flat = [length for template in merged for length in template]

@@ -15,21 +15,23 @@ from seqpack_jax.arrays import offsets_of, part_sums
 from seqpack_jax.errors import MAX_LENGTH, check_int, check_integers, fail
 from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.histogram import Int64
-from seqpack_jax.planning.over_length import OverLengthReport, apply_to_lengths
+from seqpack_jax.planning.over_length import NOTHING_TOUCHED, OverLengthReport, apply_to_lengths
 from seqpack_jax.planning.plan import PackingPlan
 
 __all__ = ["PackingStats"]
-
-_NOTHING = OverLengthReport()
 
 
 @dataclass(frozen=True)
 class PackingStats:
     """Figures of one packing; `print` shows them as a small table, `to_dict` is for logs.
 
-    The three constructors give the same figures of the same packing, to the last bit.  Two things
-    are known to a plan alone: its `lower_bound` may be a stronger one, and with a tolerance it has
-    the true `num_tokens`, but lengths as they were planned; all that is marked (*) counts these.
+    The three constructors give the same figures of the same packing, to the last bit, except for
+    what only one of them knows:
+
+    - `lower_bound` is tokens / max_seq_len; `from_plan` takes that of a certificate, if stronger.
+    - A tolerance is known to `from_plan` alone.  It has the true `num_tokens`, but planned lengths,
+      which all that is marked (*) counts; `from_templates` counts planned ones, `from_bins` true.
+    - `report`: `from_bins` finds it out by the policy of the bins; the others must be told.
 
     Attributes:
         num_bins: bins, the rows of one epoch.
@@ -49,7 +51,8 @@ class PackingStats:
         rows_per_step: bins in one global batch.
         tolerance: sequences were planned as the next multiple of this many tokens.
         tolerance_rows: bins that this costs.
-        report: what the over-length policy touched.
+        report: what the over-length policy touched; where that is nothing, the policy makes no
+            difference, and it is `OverLengthReport()`.
 
     Example:
         >>> from seqpack_jax import pack_length_histogram
@@ -84,7 +87,11 @@ class PackingStats:
     rows_per_step: int = 1
     tolerance: int = 1
     tolerance_rows: int = 0
-    report: OverLengthReport = _NOTHING
+    report: OverLengthReport = NOTHING_TOUCHED
+
+    def __post_init__(self) -> None:
+        if not self.report.sequences:  # else equal packings would differ by the name of a policy
+            object.__setattr__(self, "report", NOTHING_TOUCHED)
 
     @classmethod
     def from_plan(
@@ -113,17 +120,24 @@ class PackingStats:
             rows_per_step=check_int(caller, "rows_per_step", rows_per_step, 1),
             tolerance=plan.tolerance,
             tolerance_rows=plan.tolerance_rows,
-            report=_NOTHING if report is None else report,
+            report=NOTHING_TOUCHED if report is None else report,
             **_figures(plan.lengths, plan.offsets, plan.multiplicity, plan.max_seq_len),
         )
 
     @classmethod
     def from_templates(
-        cls, templates: Mapping[tuple[int, ...], int], max_seq_len: int, *, rows_per_step: int = 1
+        cls,
+        templates: Mapping[tuple[int, ...], int],
+        max_seq_len: int,
+        *,
+        rows_per_step: int = 1,
+        report: OverLengthReport | None = None,
     ) -> PackingStats:
         """Take the figures of `{template: bins}`, as the seed library packs histograms.
 
         Time: O(size of the templates), whatever the number of bins.
+
+        The other arguments are those of `from_plan`.
 
         Raises:
             SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.
@@ -133,7 +147,7 @@ class PackingStats:
             1.0
         """
         plan = PackingPlan.from_counter(templates, max_seq_len)
-        return cls.from_plan(plan, rows_per_step=rows_per_step)
+        return cls.from_plan(plan, rows_per_step=rows_per_step, report=report)
 
     @classmethod
     def from_bins(
@@ -174,9 +188,7 @@ class PackingStats:
                 "pass the max_seq_len of the packing",
             )
         bins.check(lengths)
-        sizes = planned.lengths
-        if planned.pieces is not None:
-            sizes = np.concatenate([sizes, planned.pieces.stop - planned.pieces.start])
+        sizes = planned.of_ids
         tokens = int(sizes.sum())
         return cls(
             num_tokens=tokens,
