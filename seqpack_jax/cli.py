@@ -4,7 +4,11 @@ A command is a table of its arguments, a function that runs it and returns the e
 entry in `_COMMANDS`.  The function imports what it needs, so that `--help` stays quick.
 
 What is asked for goes to stdout; logs and progress go to stderr.  The environment variable LOGLEVEL
-says which logs (default INFO).
+says which logs (default INFO, also when it is empty).
+
+Exit codes: 0; 1 when `demo` finds that a check does not hold; 2 for wrong arguments or bad input,
+and so for a directory that `verify` finds damaged; 130 after Ctrl-C; 141 when what reads the output
+is gone, as `head` is.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the name of the program; None for those of this process.
 
     Returns:
-        The exit code: 0; 1 when a check did not hold; 2 for bad input; 130 after Ctrl-C.
+        The exit code, as the module says.
 
     Raises:
         SystemExit: with code 2 for wrong arguments, with 0 after `--help` and `--version`.
@@ -50,14 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _make_parser().parse_args(argv)
     try:
         with _logging():
-            return _COMMANDS[arguments.command].run(arguments)
+            code = _COMMANDS[arguments.command].run(arguments)
+            sys.stdout.flush()
+            return code
     except SeqpackError as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error).split()).replace("overwrite=True", "--overwrite")
         print(f"seqpack-jax {arguments.command}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"seqpack-jax {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return 141
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -89,7 +101,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 @contextmanager
 def _logging() -> Iterator[None]:
     """Print the logs of this package to stderr while a command runs."""
-    name = os.environ.get("LOGLEVEL", "INFO")
+    name = os.environ.get("LOGLEVEL") or "INFO"
     level = logging.getLevelNamesMapping().get(name.upper())
     if level is None:
         fail("LOGLEVEL", f"{name!r} is no level", "set DEBUG, INFO, WARNING or ERROR")

@@ -36,6 +36,7 @@ ORDER = [
     "feeding.progress",
     "feeding.formats",
     "feeding.parquet",
+    "feeding.finding",
     "feeding.inputs",
     "feeding.workers",
     "feeding.measuring",

@@ -18,6 +18,9 @@ from seqpack_jax.feeding.distributed import ray_map
 from seqpack_jax.feeding.inputs import list_shards
 from seqpack_jax.feeding.preparation import prepare
 
+# Ray forks to start its processes, of which JAX warns if another test has loaded it.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 
 def content(folder):
     """The bytes of every file below `folder`."""

@@ -355,11 +355,14 @@ def test_fasta_lengths_are_kept_until_the_file_changes(tmp_path):
         ("a.fa", b">one\nM\n>two\nMKVMKV\n", ["record 1 of a.fa, 'two', has 6 residues", "is 5"]),
         ("a.fa", ">one\nMÄ\n".encode(), ["record 0 of a.fa, 'one', has letters outside of ASCII"]),
         ("a.fa", b"MKV\n", ["a.fa cannot be read: FastaFormatError"]),
-        ("a.fa", b">\xff\xfe\nM\n", ["a.fa cannot be read: UnicodeDecodeError"]),
+        ("a.fa", b">\xff\xfe\nM1\n", ["record 0 of a.fa, '??', has '1' among its residues"]),
+        ("a.fa", b">one\n 1 mk\n", ["record 0", "has '1'", "which are letters, * and -"]),
+        ("a.fa", b">one\nM\x00K\n", ["record 0", "has '\\x00'"]),
+        ("a.fa", b">one\n \t\n", ["record 0", "has no residues"]),
+        ("a.fa", b">one\nM\xc2\xa0\n", ["has letters outside of ASCII"]),
         ("a.fa.gz", b">one\nM\n", ["a.fa.gz cannot be read: BadGzipFile"]),
         ("a.fa.gz", gzip.compress(FASTA * 99, mtime=0)[:90], ["a.fa.gz cannot be read: EOFError"]),
     ],
-    ids=["empty", "empty-last", "long", "letters", "no-name", "bytes", "no-gzip", "cut-short"],
 )
 def test_bad_fasta_files_are_refused(tmp_path, name, content, words):
     path = text_of(tmp_path / name, content)
@@ -367,6 +370,44 @@ def test_bad_fasta_files_are_refused(tmp_path, name, content, words):
     with mock.patch.object(formats, "MAX_LENGTH", 5), refused(*words):
         list_in(path, Columns(), work_dir=work)
     assert list(work.iterdir()) == [], "nothing that is half written stays"
+
+
+def test_white_space_is_no_residue(tmp_path):
+    content = b">one\nMKV LAA\n\tM*\x0b-\n>two\r\nM K\r\n"
+    for name, data in (("a.fa", content), ("a.fa.gz", gzip.compress(content))):
+        path = text_of(tmp_path / name, data)
+        shards = list_in(path, Columns(), work_dir=tmp_path / "work")
+        assert lengths_in(path, Columns(), work_dir=tmp_path / "work") == [9, 2]
+        (block,) = read_token_blocks("test", shards, Columns())
+        assert bytes(block.tokens) == b"MKVLAAM*-MK"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_titles_may_be_in_any_encoding(tmp_path, encoding):
+    path = text_of(tmp_path / "a.fa", ">Schrödinger µ\nMKV\n".encode(encoding))
+    shards = list_in(path, Columns(), work_dir=tmp_path / "work")
+    (block,) = read_token_blocks("test", shards, Columns())
+    assert bytes(block.tokens) == b"MKV"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_counting_fasta_files_shows_progress(tmp_path, capsys, zipped):
+    content = FASTA * 2000
+    data = gzip.compress(content) if zipped else content
+    path = text_of(tmp_path / ("a.fa.gz" if zipped else "a.fa"), data)
+    for _ in range(2):  # read, and found again
+        list_in(path, Columns(), work_dir=tmp_path / "work", progress=True)
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"{len(data)}/{len(data)}" in printed.err
+    list_in(path, Columns(), work_dir=tmp_path / "other")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_work_dir_that_cannot_be_made(tmp_path):
+    path = text_of(tmp_path / "a.fa", FASTA)
+    with refused("a.fa cannot be made"):
+        list_in(path, Columns(), work_dir=path)
 
 
 def test_fasta_needs_a_work_dir(tmp_path):

@@ -164,11 +164,41 @@ def test_a_part_reads_no_row_group_beside_it(tmp_path):
 def test_long_lists_make_short_blocks(tmp_path):
     rows = [[1]] * 20 + [[2] * 100] * 20
     path = write(tmp_path / "a.parquet", range(40), 20, tokens=rows, tokens2=[[]] * 40)
-    with mock.patch.object(parquet, "BLOCK_TOKENS", 300):
-        sizes = [len(lengths) for lengths, _ in blocks_of(path, TOKENS)]
-        assert max(sizes) == 3
-        assert sum(sizes) == 40
-        assert max(len(lengths) for lengths, _ in blocks_of(path, Columns(tokens="tokens2"))) == 40
+    with (
+        mock.patch.object(parquet, "BLOCK_TOKENS", 300),
+        mock.patch.object(pq.ParquetFile, "iter_batches", autospec=True) as read,
+    ):
+        read.side_effect = lambda self, *args, **options: iter(())
+        for columns, size in ((TOKENS, 3), (Columns(tokens="tokens2"), 256)):
+            assert blocks_of(path, columns) == []
+            assert read.call_args.args[1] == size
+    assert max(len(lengths) for lengths, _ in blocks_of(path, Columns(tokens="tokens2"))) == 40
+
+
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_a_few_giant_lists_among_many_short_ones(tmp_path, has_ids):
+    """What a block holds does not follow from the average."""
+    sizes = [1] * 500 + [40] * 20 + [0, 250, 1, 99, 1, 1]
+    tokens = pa.array([[k % 100] * n for k, n in enumerate(sizes)], pa.list_(pa.int32()))
+    path = write(tmp_path / "a.parquet", range(len(sizes)), tokens=tokens)
+    columns = Columns(tokens="tokens", id="length" if has_ids else None)
+    shard = list_in(path, columns)[0]
+    with (
+        mock.patch.object(parquet, "BLOCK_TOKENS", 100),
+        mock.patch.object(parquet, "_LIST_ROWS", 8),
+    ):
+        blocks = list(read_tokens("test", shard, columns))
+        ((lengths, ids),) = read_shard(shard, columns)
+    assert all(len(block.tokens) <= 100 or len(block.sizes) == 1 for block in blocks)
+    assert np.concatenate([block.tokens for block in blocks]).tolist() == (
+        tokens.flatten().to_pylist()
+    )
+    assert np.concatenate([block.sizes for block in blocks]).tolist() == sizes
+    assert max(len(block.sizes) for block in blocks) > 90, "short ones come together"
+    assert lengths.tolist() == sizes, "lengths alone take little room"
+    if has_ids:
+        assert np.concatenate([block.ids for block in blocks]).tolist() == ids.tolist()
+        assert ids.tolist() == list(range(len(sizes)))
 
 
 def test_shards_travel_as_pickles(tmp_path, memory):
@@ -256,12 +286,12 @@ def test_the_order_of_the_directory_does_not_matter(tmp_path):
         == sorted(f"{k}.parquet" for k in range(12))
     )
     before = list_in(tmp_path / "one", max_rows=7)
-    find = LocalFileSystem.find
+    ls = LocalFileSystem.ls
 
     def in_other_order(self, *args, **options):
-        return dict(reversed(find(self, *args, **options).items()))
+        return ls(self, *args, **options)[::-1]
 
-    with mock.patch.object(LocalFileSystem, "find", in_other_order):
+    with mock.patch.object(LocalFileSystem, "ls", in_other_order):
         assert list_in(tmp_path / "one", max_rows=7) == before
 
 
@@ -280,6 +310,61 @@ def test_links_to_directories_are_followed_but_not_in_circles(tmp_path):
     assert names_in(tmp_path / "in") == ["a.parquet", "file.parquet", "link/x.parquet"]
     assert lengths_in(tmp_path / "in") == [4, 5, 5]
     assert names_in(tmp_path / "in/l*") == ["link/x.parquet"]
+
+
+def without_rights(*names):
+    """Let no directory of such a name be listed."""
+    ls = LocalFileSystem.ls
+
+    def refuse(self, path, *args, **options):
+        if os.path.basename(path) in names:
+            raise PermissionError(13, "Permission denied", path)
+        return ls(self, path, *args, **options)
+
+    return mock.patch.object(LocalFileSystem, "ls", refuse)
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "a", "a*/*", "**/*.pq", "a/**"])
+@pytest.mark.parametrize("name", ["a", "deep"])
+def test_a_directory_that_cannot_be_listed_is_an_error(tree, pattern, name):
+    folder = tree / "a" if name == "a" else tree / "a/deep"
+    if pattern == "a*/*" and name == "deep":
+        assert names_in(tree / pattern) == ["a/deep/y.pq"]
+    with without_rights(name), refused(f"{folder} cannot be listed: ", "Permission", "your rights"):
+        list_in(tree / pattern)
+
+
+def test_directories_that_cannot_match_are_not_listed(tree):
+    with without_rights("a", "_tmp", ".git"):
+        assert names_in(tree / "b*/*") == ["b/x.parquet"]
+        assert names_in(tree / "b") == ["x.parquet"]
+        assert names_in(tree / "*.PQ") == ["a.PQ"]
+
+
+def test_a_file_that_is_named_in_several_ways_is_read_once(tree, monkeypatch):
+    (tree / "link").symlink_to(tree / "b")
+    (tree / "again.parquet").symlink_to(tree / "b/x.parquet")
+    monkeypatch.chdir(tree)
+    ways = [
+        "b/x.parquet",
+        "b/../b/x.parquet",
+        f"/{tree}/b//x.parquet",
+        f"file://{tree}/b/./x.parquet",
+        "link/x.parquet",
+        "link/../b",
+        "again.parquet",
+    ]
+    for way in ways:
+        assert lengths_in([way, *ways]) == lengths_in([*ways, way]) == [3]
+        assert names_in([way, tree]) == names_in([tree, way])
+    assert lengths_in([tree, tree / "link/."]) == lengths_in(tree)
+    assert names_in(f"{tree}/b/.") == names_in(f"{tree}/./b/") == names_in("b") == ["x.parquet"]
+
+
+def test_the_parent_of_a_link_is_that_of_its_target(tree):
+    (tree / "b/link").symlink_to(tree / "a/deep")
+    assert names_in(tree / "b/link/..") == names_in(tree / "a") == ["deep/y.pq"]
+    assert names_in(tree / "b/link/../d*") == ["deep/y.pq"]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +404,7 @@ def test_a_new_file_is_seen_at_once(tmp_path):
         (lambda d: [], ["no input file in []"]),
         (lambda d: 3, ["3 is not a path"]),
         (lambda d: [d, 3.5], ["3.5 is not a path"]),
+        (lambda d: f"{d}/a\0b", ["is no path: it has a zero byte"]),
         (lambda d: "nope://x", ["nope://x cannot be opened", "nope"]),
         (lambda d: [d / "b", "memory://in"], ["are on different file systems"]),
         (lambda d: [d / "b", d / "c.npy"], ["b/x.parquet and c.npy are of different kinds"]),

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -20,7 +22,7 @@ from prepared_directories import assert_same, content, prepare_in_shards, write_
 from strategies import algorithms, caps, over_length_packings
 
 import seqpack_jax as sp
-from seqpack_jax.feeding import shards
+from seqpack_jax.feeding import formats, preparation, shards
 from seqpack_jax.feeding.inputs import Columns, list_shards, read_shard
 from seqpack_jax.feeding.manifest import IdCoding, PreparationParameters
 from seqpack_jax.feeding.preparation import merge_shards, prepare
@@ -359,6 +361,49 @@ def test_a_failure_without_results_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_failed_run_is_over_before_another_begins(tmp_path):
+    """What the next run has written must not go with what the failed one leaves."""
+    bad = write_lengths(tmp_path / "bad", [11], files=1)
+    good = write_lengths(tmp_path / "good", LENGTHS)
+    removed = []
+
+    def rmtree(path, *args, **options):
+        with refused("another run is preparing"):
+            prepare_in_shards(good, tmp_path / "out", 10)
+        removed.append(path.name)
+        remove(path, *args, **options)
+
+    remove = shutil.rmtree
+    with mock.patch.object(shutil, "rmtree", rmtree), refused("row 0"):
+        prepare_in_shards(bad, tmp_path / "out", 10)
+    assert "data" in removed
+    prepare_in_shards(good, tmp_path / "out", 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good", "out"]
+
+
+def test_a_lock_of_a_run_that_just_ended_is_none(tmp_path):
+    """It waited for a file that was removed meanwhile: others may hold the new one."""
+    source = write_lengths(tmp_path / "in", LENGTHS)
+
+    @contextmanager
+    def removed(caller, path, busy):
+        yield
+
+    with mock.patch.object(preparation, "file_lock", removed), refused("another run is preparing"):
+        prepare_in_shards(source, tmp_path / "out", 10)
+    assert not (tmp_path / "out").exists()
+
+
+def test_counted_fasta_files_are_not_counted_again(tmp_path):
+    path = tmp_path / "a.fasta"
+    path.write_text(">a\nMKV\n>b\nM\n")
+    with refused("has length 3"):
+        prepare(path, tmp_path / "out", 2)
+    with mock.patch.object(formats, "_fasta_records", side_effect=AssertionError("was read")):
+        prepare(path, tmp_path / "out", 3)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.fasta", "out"]
+
+
 def test_only_one_run_at_a_time(interrupted, tmp_path):
     from filelock import FileLock
 
@@ -440,13 +485,138 @@ def test_nothing_else_is_replaced(there, tmp_path):
     for name in ("home", "file"):
         with refused(f"{name} exists and is no prepared directory"):
             prepare_in_shards(there, tmp_path / name, 10, overwrite=True)
-    with refused("'s3://bucket/out' is no local path"):
+    with refused("s3://bucket/out is no local path"):
         prepare_in_shards(there, "s3://bucket/out", 10)
     with refused("cannot be made"):
         prepare_in_shards(there, tmp_path / "file" / "out", 10)
     prepare_in_shards(there, tmp_path / "empty", 10)
     assert content(tmp_path / "empty") == content(tmp_path / "out")
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+
+
+def test_files_of_others_are_not_deleted(there, tmp_path):
+    out = tmp_path / "out"
+    for name, is_folder in (("pools/thesis.txt", False), ("pools/new", True), ("my.npy", False)):
+        (out / name).mkdir() if is_folder else (out / name).write_text("dear")
+        for overwrite in (False, True):
+            with refused("out exists and is no prepared directory", f"{name} is in it"):
+                prepare_in_shards(there, out, 11, overwrite=overwrite)
+        (out / name).rmdir() if is_folder else (out / name).unlink()
+    manifest = (out / "manifest.json").read_bytes()
+    for data in (b"{}", b"\xff", b"[]", None):
+        (out / "manifest.json").unlink()
+        if data is not None:
+            (out / "manifest.json").write_bytes(data)
+        with refused("out exists and is no prepared directory", "counts.npy is in it"):
+            prepare_in_shards(there, out, 11, overwrite=True)
+        (out / "manifest.json").write_bytes(manifest)
+    assert not (tmp_path / ".out.partial").exists()
+    prepare_in_shards(there, out, 11, overwrite=True)
+
+
+def test_a_file_that_comes_while_it_is_prepared_is_not_deleted(there, tmp_path):
+    def put_a_letter(function, shards):
+        yield from map(function, shards)
+        (tmp_path / "out" / "letter.txt").write_text("dear")
+
+    with refused("letter.txt is in it"):
+        prepare_in_shards(there, tmp_path / "out", 11, overwrite=True, map_shards=put_a_letter)
+    assert (tmp_path / "out" / "letter.txt").read_text() == "dear"
+
+
+def test_a_directory_of_the_seed_is_replaced(there, tmp_path):
+    seed = tmp_path / "seed"
+    (seed / "pools").mkdir(parents=True)
+    (seed / "manifest.json").write_text('{"packer": "batched"}')
+    for name in ("counts.json", "templates.json", "pools/7.npy", "pools/x.npy"):
+        (seed / name).touch()
+    with refused("pools/x.npy is in it"):
+        prepare_in_shards(there, seed, 10, overwrite=True)
+    (seed / "pools/x.npy").unlink()
+    with refused("seed is damaged", "overwrite=True"):
+        prepare_in_shards(there, seed, 10)
+    prepare_in_shards(there, seed, 10, overwrite=True)
+    assert content(seed) == content(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("in", "in/out"),
+        ("in", "in/deep/er"),
+        ("in/.", "in/../in/out"),
+        ("link", "in/out"),
+        ("in", "link/out"),
+        (["one.npy", "in"], "in/out"),
+        ("in/*", "in/out"),
+        ("in/**/*.npy", "in/out"),
+        ("in/*/*.npy", "in/out"),
+        ("*/*", "in/deep/er"),
+        ("file:in", "in/out"),
+    ],
+)
+def test_an_output_among_the_input_is_refused(source, output, tmp_path, monkeypatch):
+    np.save(tmp_path / "one.npy", LENGTHS)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    np.save(tmp_path / "in" / "0.npy", LENGTHS)
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    if source == "file:in":
+        source = f"file://{tmp_path}/in"
+    with refused("the output", "lies in the input", "choose a directory elsewhere"):
+        prepare(source, output, 10)
+    assert sorted(os.listdir(tmp_path / "in")) == ["0.npy", "deep"]
+    for elsewhere in ("out", "in/_out", "inner"):
+        prepare("in", elsewhere, 10)
+        prepare("in/*.npy", elsewhere, 10)
+    prepare("in/*.npy", "in/beside", 10)
+    prepare("in/0.npy", "in/beside", 10)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (None, "output = None is not a path"),
+        (b"out", "output = b'out' is not a path"),
+        ("", "output = '' is not a path"),
+        ("a\0b", "is not a path"),
+        ("/", "the output / cannot be replaced"),
+        ("dangling", "dangling is a link to nothing"),
+        ("x" * 300, "File name too long"),
+        ("in/0.parquet/out", "lies in the input"),
+    ],
+)
+def test_outputs_that_are_none(output, words, tmp_path, monkeypatch):
+    write_lengths(tmp_path / "in", LENGTHS, files=1)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    with refused(words):
+        prepare("in/*.parquet", output, 10, length_column="length")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "in"]
+
+
+@pytest.mark.parametrize("name", ["lock", "out"])
+def test_an_output_without_rights(name, tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    (tmp_path / "out").mkdir()
+    open_, iterdir = os.open, Path.iterdir
+
+    def refuse(path, *args, **options):
+        if os.path.basename(path) == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return (iterdir if isinstance(path, Path) else open_)(path, *args, **options)
+
+    with mock.patch.object(os, "open", refuse), mock.patch.object(Path, "iterdir", refuse):
+        with refused(name, "Permission denied"):
+            prepare_in_shards(source, tmp_path / "out", 10)
+
+
+def test_a_home_directory_is_expanded(tmp_path, monkeypatch):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare_in_shards(source, "~/out", 10)
+    assert content(tmp_path / "out")
+    assert load_prepared("~/out").plan.max_seq_len == 10
 
 
 def test_a_link_is_followed(there, tmp_path):

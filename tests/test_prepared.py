@@ -31,6 +31,7 @@ from prepared_directories import (
 from strategies import packings
 
 import seqpack_jax as sp
+from seqpack_jax.cli import main
 from seqpack_jax.feeding import verification
 from seqpack_jax.feeding.manifest import canonical, digest_of
 from seqpack_jax.feeding.preparation import prepare
@@ -776,3 +777,38 @@ def test_more_files_than_may_be_open(seed, tmp_path):
 
     assert run(1000 + seed) == "200\n"
     assert "(Too many open files). Hint: raise `ulimit -n`." in run(64)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_is_no_error(original, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["stats", str(original), "--json"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_log_level_is_the_default(original, monkeypatch, capsys):
+    monkeypatch.setenv("LOGLEVEL", "")
+    assert main(["stats", str(original)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_hints_of_the_command_line_name_its_options(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", LENGTHS)
+    argv = ["prepare", "--input", f"{tmp_path}/a.npy", "--output", f"{tmp_path}/out"]
+    assert main([*argv, "--workers", "1", "--max-seq-len", "30"]) == 0
+    capsys.readouterr()
+    assert main([*argv, "--workers", "1", "--max-seq-len", "31"]) == 2
+    assert "or pass --overwrite." in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_listed(folder):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with mock.patch.object(Path, "iterdir", refuse), refused("out cannot be read (Permission"):
+        load_prepared(folder)

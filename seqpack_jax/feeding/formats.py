@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,6 +32,8 @@ __all__ = [
     "fail_changed",
     "fasta_tokens",
     "filesystem",
+    "glob_regex",
+    "is_local",
     "kind_of",
     "naming",
     "npy_lengths",
@@ -46,6 +50,10 @@ _SUFFIXES = {
     "npy": (".npy",),
     "fasta": (".fasta", ".fa", ".faa", ".fna", ".fas"),
 }
+_FASTA_BYTES = 1 << 20  # read at once
+_OTHER = "\x1a"  # stands for bytes that are no ASCII
+_ASCII = bytes(range(128)) + _OTHER.encode() * 128
+_MARKS = {ord("*"): None, ord("-"): None}
 
 Array = NDArray[Any]
 
@@ -160,6 +168,18 @@ def filesystem(caller: str, url: str) -> tuple[Any, str]:
     return found
 
 
+def is_local(fs: Any) -> bool:
+    """Return whether paths of an fsspec file system are those of this machine."""
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def glob_regex(pattern: str) -> re.Pattern[str]:
+    """Return the expression that whole paths match where they match a glob of fsspec."""
+    from fsspec.utils import glob_translate
+
+    return re.compile(glob_translate(pattern))
+
+
 def _first_line(error: Exception) -> str:
     text = (str(error) or "no more is known").splitlines()[0].rstrip(". ")
     return f"{type(error).__name__}: {text}"
@@ -268,22 +288,25 @@ def _read_npy_header(caller: str, name: str, file: Any) -> tuple[np.dtype[Any], 
     return dtype, shape[0]
 
 
-def write_fasta_lengths(caller: str, file: InputFile, output: str) -> None:
+def write_fasta_lengths(
+    caller: str, file: InputFile, output: str, advance: Callable[[int], None] = lambda bytes_: None
+) -> None:
     """Write the residues per record of a FASTA file to the `.npy` file `output`, as int32 `[n]`.
 
-    The file appears when it is complete.
+    Residues are letters, `*` and `-`.  White space in their lines does not count.  The file appears
+    when it is complete.  `advance` is told how many bytes of the file were read.
 
     Time: O(size of the file).  Memory: one record.
 
     Raises:
-        SeqpackError: the file is damaged, or a record has no residues or too many.
+        SeqpackError: the file is damaged, or a record has no residues, too many, or other letters.
     """
     temporary = f"{output}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as stream:
             rows = 0
             _write_npy_header(stream, rows)
-            sizes = map(len, _fasta_records(caller, file))
+            sizes = map(len, _fasta_records(caller, file, advance))
             while block := np.array(list(islice(sizes, BLOCK_ROWS)), np.int32).tobytes():
                 stream.write(block)
                 rows += len(block) // 4
@@ -329,27 +352,63 @@ def _letters(records: list[str]) -> TokenBlock:
     return TokenBlock(tokens, np.fromiter(map(len, records), np.int64, len(records)), None)
 
 
-def _fasta_records(caller: str, file: InputFile) -> Iterator[str]:
-    """Read the residues of each record, without line breaks."""
+class _Filtered(io.RawIOBase):
+    """A binary stream whose chunks pass through a function, which keeps their sizes."""
+
+    def __init__(self, stream: Any, change: Callable[[bytes], bytes]) -> None:
+        self.stream, self.change = stream, change
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.change(self.stream.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _filtered(stream: Any, change: Callable[[bytes], bytes]) -> Any:
+    return io.BufferedReader(_Filtered(stream, change), _FASTA_BYTES)
+
+
+def _fasta_records(
+    caller: str, file: InputFile, advance: Callable[[int], None] = lambda bytes_: None
+) -> Iterator[str]:
+    """Read the residues of each record, without line breaks and white space."""
     try:
         from dnaio import FastaReader
     except ImportError:
         fail(caller, "dnaio is not installed", "pip install 'seqpack_jax[fasta]'")
+
+    def told(data: bytes) -> bytes:
+        advance(len(data))
+        return data
+
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(opened(caller, file))
+        stream: Any = stack.enter_context(opened(caller, file))
+        stream = _filtered(stream, told)
         if file.path.lower().endswith(".gz"):
             stream = stack.enter_context(gzip.open(stream))
+        # Titles may be in any encoding; what is no ASCII in residues is refused.
+        stream = _filtered(stream, lambda data: data.translate(_ASCII))
         records = FastaReader(stream, sequence_class=lambda title, residues, _: (title, residues))
         for row, (title, residues) in enumerate(records):
-            if not (0 < len(residues) <= MAX_LENGTH and residues.isascii()):
-                _fail_record(caller, f"record {row} of {file.name}, {title[:60]!r},", residues)
+            if not residues.isalpha():
+                residues = "".join(residues.split())
+            if not (residues.translate(_MARKS).isalpha() and len(residues) <= MAX_LENGTH):
+                if wrong := _problem_of(residues):
+                    record = f"record {row} of {file.name}, {title[:60].replace(_OTHER, '?')!r},"
+                    fail(caller, f"{record} {wrong}", "leave it out of the file, or mend it")
             yield residues
 
 
-def _fail_record(caller: str, record: str, residues: str) -> NoReturn:
-    problem = "has letters outside of ASCII"
+def _problem_of(residues: str) -> str | None:
+    """Say what is wrong with a record, if anything."""
     if not residues:
-        problem = "has no residues"
-    elif len(residues) > MAX_LENGTH:
-        problem = f"has {len(residues)} residues, but the limit is {MAX_LENGTH}"
-    fail(caller, f"{record} {problem}", "leave it out of the file, or mend it")
+        return "has no residues"
+    if len(residues) > MAX_LENGTH:
+        return f"has {len(residues)} residues, but the limit is {MAX_LENGTH}"
+    if _OTHER in residues:
+        return "has letters outside of ASCII"
+    wrong = re.sub("[A-Za-z*-]", "", residues)
+    return f"has {wrong[0]!r} among its residues, which are letters, * and -" if wrong else None

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seqpack_jax.errors import SeqpackError, check_int, fail
+from seqpack_jax.errors import check_int, fail
+from seqpack_jax.feeding.finding import Source, find_files
 from seqpack_jax.feeding.formats import (
     Columns,
     InputFile,
@@ -32,12 +31,14 @@ from seqpack_jax.feeding.formats import (
     write_fasta_lengths,
 )
 from seqpack_jax.feeding.parquet import parquet_lengths, parquet_tokens, row_groups
+from seqpack_jax.feeding.progress import progress_bar
 
 __all__ = [
     "Columns",
     "InputFile",
     "Part",
     "Shard",
+    "Source",
     "TokenBlock",
     "list_shards",
     "read_shard",
@@ -45,11 +46,9 @@ __all__ = [
     "read_tokens",
 ]
 
-_FINGERPRINT_VERSION = 1  # of what is hashed, and of how shards are cut
+_FINGERPRINT_VERSION = 2  # of what is hashed, and of how shards are cut
 _THREADS = 32  # that read footers: most of the time they wait
-_KINDS = "parquet (.parquet, .pq), .npy or FASTA (.fasta, .fa, .faa, .fna, .fas, each also .gz)"
 
-Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Array: TypeAlias = NDArray[Any]
 
 
@@ -87,6 +86,7 @@ def list_shards(
     *,
     max_rows: int = 16_000_000,
     work_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
     caller: str = "list_shards",
 ) -> list[Shard]:
     """Find the input files, number their rows, and cut them into shards.
@@ -102,19 +102,23 @@ def list_shards(
         source: a path, a glob, a directory, a list of such, each also as a URL of fsspec
             (`gs://bucket/data/*.parquet`).  In directories (at any depth) and globs, files of other
             kinds are passed over, and so are names that begin with `_` or `.`, unless the glob
-            spells such a name out.  A file that is named twice is read once.
+            spells such a name out.  A file that two paths of a list lead to, also over links, is
+            read once; links inside a directory are files of their own.
         columns: which columns of parquet files to read; `Columns()` for other files.
         max_rows: the most rows in a shard.
         work_dir: a local directory for the lengths of FASTA files; they are found there again when
             nothing changed.
+        progress: whether to show progress on stderr while FASTA files are read; None to do so on a
+            terminal.
         caller: the public function that an error shall name.
 
     Returns:
         The shards in the order of their rows; none if there are no rows.
 
     Raises:
-        SeqpackError: there is no input file, they are of several kinds, one cannot be read, lacks a
-            column or has it with a type that is not integers (lists, for tokens).
+        SeqpackError: there is no input file, a directory cannot be listed, they are of several
+            kinds, one cannot be read, lacks a column or has it with a type that is not integers
+            (lists, for tokens).
 
     Example:
         >>> import tempfile
@@ -129,11 +133,11 @@ def list_shards(
         [[1, 2, 3, 4, 5]]
     """
     max_rows = check_int(caller, "max_rows", max_rows, 1)
-    files = _find_files(caller, source)
+    files = find_files(caller, source)
     kind = str(kind_of(files[0].path))
     _check_columns(caller, kind, columns)
     if kind == "fasta":
-        return _cut([_count_fasta(caller, file, work_dir) for file in files], columns, max_rows)
+        return _cut(_count_fasta(caller, files, work_dir, progress), columns, max_rows)
     return _cut(_count_all(caller, files, columns), columns, max_rows)
 
 
@@ -234,89 +238,6 @@ def _check_columns(caller: str, kind: str, columns: Columns) -> None:
         )
 
 
-# Finding files.
-
-
-def _find_files(caller: str, source: Source) -> list[InputFile]:
-    """Return the files of the input by name, all of one kind."""
-    given: Sequence[Any] = source if isinstance(source, list | tuple) else [source]
-    for each in given:
-        if not isinstance(each, str | os.PathLike):
-            fail(caller, f"{each!r} is not a path", "pass a path, a glob, a URL, or a list of them")
-    urls = [os.fspath(each) for each in given]
-    found: dict[str, str] = {}  # path -> the URL that led to it
-    roots, others = [], 0
-    for url in urls:
-        fs, path = filesystem(caller, url)
-        if fs != filesystem(caller, urls[0])[0]:
-            problem = f"{urls[0]} and {url} are on different file systems"
-            fail(caller, problem, "prepare them one by one, or copy one of them")
-        root, paths = _expand(caller, url, fs, path)
-        known = [path for path in paths if kind_of(path) is not None]
-        roots.append(root)
-        others += len(paths) - len(known)
-        found.update(dict.fromkeys(known, url))
-    if not found:
-        hint = f"input files are {_KINDS}"
-        fail(caller, f"no input file in {source} ({others} files of other kinds)", hint)
-    root = posixpath.commonpath(roots)
-    files = [InputFile(url, path, path[len(root) :].lstrip("/")) for path, url in found.items()]
-    files.sort(key=lambda file: file.name)
-    other = [file for file in files if kind_of(file.path) != kind_of(files[0].path)]
-    if other:
-        problem = f"{files[0].name} and {other[0].name} are of different kinds"
-        fail(caller, problem, "pass files of one kind, for example as DIR/*.parquet")
-    return files
-
-
-def _expand(caller: str, url: str, fs: Any, inner: str) -> tuple[str, list[str]]:
-    """Return the directory that names are relative to, and the files of one path or glob."""
-    try:
-        fs.invalidate_cache()  # a listing that fsspec remembers may be old
-        if fs.isfile(inner):
-            if kind_of(inner) is None:
-                fail(caller, f"the kind of {url} is unknown", f"input files are {_KINDS}")
-            return inner.rpartition("/")[0], [inner]
-        if fs.isdir(inner):
-            return inner, _visible(inner, _walk(fs, inner))
-        if not _is_pattern(inner):
-            fail(caller, f"{url} does not exist", "check the path")
-        root = "/".join(takewhile(lambda name: not _is_pattern(name), inner.split("/")))
-        spelled = any(name[:1] in {"_", "."} for name in inner[len(root) :].split("/"))
-        found: list[str] = []
-        for path, info in fs.glob(inner, detail=True).items():
-            deeper = info["type"] == "directory" or (info.get("islink") and fs.isdir(path))
-            found += _visible(path, _walk(fs, path)) if deeper else [path]
-        return root, found if spelled else _visible(root, found)
-    except SeqpackError:
-        raise
-    except Exception as error:  # each fsspec file system has its own
-        fail(caller, f"{url} cannot be listed: {error}", "check the path and your rights to it")
-
-
-def _is_pattern(path: str) -> bool:
-    return any(letter in path for letter in "*?[")
-
-
-def _walk(fs: Any, root: str, above: tuple[str, ...] = ()) -> list[str]:
-    """List all files below `root`; links to directories are followed, but not in circles."""
-    above = (*above, os.path.realpath(root))
-    found: list[str] = []
-    for path, info in fs.find(root, detail=True).items():
-        if not (info.get("islink") and fs.isdir(path)):
-            found.append(path)
-        elif os.path.realpath(path) not in above:
-            found += _walk(fs, path, above)
-    return found
-
-
-def _visible(root: str, paths: list[str]) -> list[str]:
-    def hidden(path: str) -> bool:
-        return any(name[:1] in {"_", "."} for name in path[len(root) :].split("/") if name)
-
-    return [path for path in paths if not hidden(path)]
-
-
 # Counting and cutting.
 
 
@@ -343,16 +264,41 @@ def _count_all(caller: str, files: list[InputFile], columns: Columns) -> list[_C
         pool.shutdown(cancel_futures=True)  # the first error is enough
 
 
-def _count_fasta(caller: str, file: InputFile, work_dir: str | os.PathLike[str] | None) -> _Counted:
-    """Write the lengths of a FASTA file to `work_dir`, unless they are there, and count them."""
+def _count_fasta(
+    caller: str,
+    files: list[InputFile],
+    work_dir: str | os.PathLike[str] | None,
+    progress: bool | None,
+) -> list[_Counted]:
+    """Count FASTA files, of which those are read whose lengths are not in `work_dir` yet."""
     if work_dir is None:
         fail(caller, "FASTA files need work_dir, for their lengths", "pass a local directory")
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+    except (OSError, ValueError) as error:
+        fail(caller, f"{work_dir} cannot be made ({error})", "pass a local directory")
+    fs = filesystem(caller, files[0].url)[0]
+    sizes = []
+    for file in files:
+        with naming(caller, file.name):
+            sizes.append(fs.size(file.path) or 0)
+    with progress_bar("bytes of FASTA files", sum(sizes), progress) as advance:
+        return [
+            _count_fasta_file(caller, file, size, os.path.abspath(work_dir), advance)
+            for file, size in zip(files, sizes, strict=True)
+        ]
+
+
+def _count_fasta_file(
+    caller: str, file: InputFile, size: int, folder: str, advance: Callable[[int], None]
+) -> _Counted:
     key = _key(caller, file)
     digest = hashlib.sha256(repr((_FINGERPRINT_VERSION, file.name, key)).encode()).hexdigest()
-    lengths = os.path.join(os.path.abspath(work_dir), f"{digest[:32]}.npy")
-    if not os.path.exists(lengths):
-        os.makedirs(work_dir, exist_ok=True)
-        write_fasta_lengths(caller, file, lengths)
+    lengths = os.path.join(folder, f"{digest[:32]}.npy")
+    if os.path.exists(lengths):
+        advance(size)
+    else:
+        write_fasta_lengths(caller, file, lengths, advance)
     rows = npy_rows(caller, InputFile(lengths, lengths, file.name))
     return _Counted(file, key, [rows], lengths)
 

@@ -306,6 +306,18 @@ def read_manifest(caller: str, text: str, where: str) -> dict[str, Any]:
     return manifest
 
 
+def listed_files(text: str) -> set[str]:
+    """Return all names in the directory of a manifest, however damaged; none if it is no such."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        return set()
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return set()
+    files = manifest.get("files")
+    return {MANIFEST, POOLS, *(files if isinstance(files, dict) else ())}
+
+
 def parse_manifest(
     caller: str, manifest: Mapping[str, Any], where: str
 ) -> tuple[PreparationParameters, list[ShardEntry], dict[str, FileEntry]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from seqpack_jax.feeding.formats import (
 __all__ = ["parquet_lengths", "parquet_tokens", "row_groups"]
 
 _BUFFER_BYTES = 1 << 23  # read at once of a column, which may be far longer than memory
+_LIST_ROWS = 256  # lists decoded at once: some of them may be far above the average
 
 Array = NDArray[Any]
 Int64 = NDArray[np.int64]
@@ -65,12 +66,12 @@ def parquet_lengths(
     Raises:
         SeqpackError: the file is damaged or was changed, a row is null, or a value is over int64.
     """
+    if columns.tokens is not None:
+        for block in _gather(_sizes(caller, part, number, columns)):
+            yield block.sizes, block.ids
+        return
     for place, batch in _batches(caller, part, number, columns):
-        if columns.tokens is not None:
-            lengths = _lists(place, batch, columns.tokens)[1]
-        else:
-            lengths = _integers(place, batch, str(columns.length))
-        yield lengths, _ids(place, batch, columns)
+        yield _integers(place, batch, str(columns.length)), _ids(place, batch, columns)
 
 
 def parquet_tokens(caller: str, part: Part, number: int, columns: Columns) -> Iterator[TokenBlock]:
@@ -79,14 +80,61 @@ def parquet_tokens(caller: str, part: Part, number: int, columns: Columns) -> It
     Raises:
         SeqpackError: as `parquet_lengths`, or the lists do not hold integers.
     """
+    for block in _gather(_tokens(caller, part, number, columns)):
+        yield TokenBlock(block.flat, block.sizes.astype(np.int64, copy=False), block.ids)
+
+
+class _Lists(NamedTuple):
+    """Some consecutive lists: their values one after another, and how many each of them has."""
+
+    flat: Array
+    sizes: Array
+    ids: Int64 | None
+
+
+def _sizes(caller: str, part: Part, number: int, columns: Columns) -> Iterator[_Lists]:
+    """Read the sizes of lists, without keeping what is in them."""
     for place, batch in _batches(caller, part, number, columns):
-        flat, sizes = _lists(place, batch, str(columns.tokens))
-        tokens = flat.to_numpy(zero_copy_only=False)
-        if tokens.dtype.kind not in "iu":
-            problem = f"column {columns.tokens!r} of {part.name} has lists of {flat.type}"
+        sizes = _lists(place, batch, str(columns.tokens))[1]
+        yield _Lists(np.zeros(0, np.int8), sizes, _ids(place, batch, columns))
+
+
+def _tokens(caller: str, part: Part, number: int, columns: Columns) -> Iterator[_Lists]:
+    """Read lists, a few rows at once; those of more than `BLOCK_TOKENS` are cut between rows."""
+    for place, batch in _batches(caller, part, number, columns):
+        values, sizes = _lists(place, batch, str(columns.tokens))
+        flat, ids = values.to_numpy(zero_copy_only=False), _ids(place, batch, columns)
+        if flat.dtype.kind not in "iu":
+            problem = f"column {columns.tokens!r} of {part.name} has lists of {values.type}"
             fail(caller, problem, "tokens are integers: tokenise the texts first")
-        ids = _ids(place, batch, columns)
-        yield TokenBlock(tokens, sizes.astype(np.int64, copy=False), ids)
+        offsets = offsets_of(sizes)
+        row = 0
+        while row < len(sizes):
+            stop = int(np.searchsorted(offsets, offsets[row] + BLOCK_TOKENS, side="right")) - 1
+            rows = slice(row, max(stop, row + 1))
+            tokens = flat[offsets[rows.start] : offsets[rows.stop]]
+            yield _Lists(tokens, sizes[rows], None if ids is None else ids[rows])
+            row = rows.stop
+
+
+def _gather(batches: Iterator[_Lists]) -> Iterator[_Lists]:
+    """Put consecutive small batches together, up to `BLOCK_ROWS` rows and `BLOCK_TOKENS` values."""
+    held: list[_Lists] = []
+    rows = values = 0
+    for batch in batches:
+        rows, values = rows + len(batch.sizes), values + len(batch.flat)
+        if held and (rows > BLOCK_ROWS or values > BLOCK_TOKENS):
+            yield _joined(held)
+            held, rows, values = [], len(batch.sizes), len(batch.flat)
+        held.append(batch)
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[_Lists]) -> _Lists:
+    flat, sizes, ids = zip(*held, strict=True)
+    joined = None if ids[0] is None else np.concatenate(ids)
+    return _Lists(np.concatenate(flat), np.concatenate(sizes), joined)
 
 
 @contextlib.contextmanager
@@ -161,7 +209,11 @@ def _batches(caller: str, part: Part, number: int, columns: Columns) -> Iterator
 
 
 def _batch_rows(groups: list[Any], tokens: str | None) -> int:
-    """Rows per batch: fewer if they hold lists, by the row group of the longest lists."""
+    """Rows per batch: fewer if they hold lists, by the row group of the longest lists.
+
+    By their mean: where a few lists of a row group are far longer than the others and lie together,
+    a batch is larger by as much.
+    """
     if tokens is None:
         return BLOCK_ROWS
     num_columns = groups[0].num_columns
@@ -170,7 +222,7 @@ def _batch_rows(groups: list[Any], tokens: str | None) -> int:
     values: list[int] = [
         group.column(k).num_values // max(group.num_rows, 1) for group in groups for k in lists
     ]
-    return max(1, min(BLOCK_ROWS, BLOCK_TOKENS // max(1, *values)))
+    return max(1, min(BLOCK_ROWS, _LIST_ROWS, BLOCK_TOKENS // max(1, *values)))
 
 
 def _integers(place: Place, batch: Any, column: str) -> Array:

@@ -20,7 +20,8 @@ from typing import NoReturn, TypeAlias
 import numpy as np
 
 from seqpack_jax.errors import SeqpackError, check_int, fail
-from seqpack_jax.feeding.inputs import Columns, Shard, Source, list_shards
+from seqpack_jax.feeding.finding import Source, searched_by
+from seqpack_jax.feeding.inputs import Columns, Shard, list_shards
 from seqpack_jax.feeding.manifest import (
     COUNTS,
     MANIFEST,
@@ -29,11 +30,13 @@ from seqpack_jax.feeding.manifest import (
     PreparationParameters,
     canonical,
     first_piece_id,
+    listed_files,
     make_manifest,
     problem_of,
 )
 from seqpack_jax.feeding.prepared import Prepared, load_prepared
 from seqpack_jax.feeding.progress import progress_bar
+from seqpack_jax.feeding.seed_directory import seed_files
 from seqpack_jax.feeding.shards import ShardRecord, WorkDirectory, prepare_shard, shard_key
 from seqpack_jax.feeding.storage import (
     INT64,
@@ -43,7 +46,7 @@ from seqpack_jax.feeding.storage import (
     write_bytes,
     writing,
 )
-from seqpack_jax.feeding.workers import local_map as local_map
+from seqpack_jax.feeding.workers import file_lock, local_map, local_path, making
 from seqpack_jax.planning.over_length import OverLength
 from seqpack_jax.planning.packers import pack_length_histogram
 
@@ -81,7 +84,7 @@ def prepare(
     of the files in their directory, and how often the run was interrupted.  `output` appears at
     once when all is done; until then work goes on in the hidden directory beside it,
     `.NAME.partial`.  A run that was killed is continued by the same call: finished shards are kept
-    as long as their input and the parameters are the same.
+    as long as their input and the parameters are the same, and so are the lengths of FASTA files.
 
     Time: O(rows): with two workers, about twice that of reading the column.  Memory: under 1 GB per
     worker, and 10 bytes per piece in a shard where sequences are split into over 50 million.
@@ -89,11 +92,14 @@ def prepare(
     Args:
         source: parquet, `.npy` or FASTA files: a path, a glob, a directory, or a list of these,
             local or as URLs of fsspec.
-        output: a local (or shared) path for the prepared directory.
+        output: a local (or shared) path for the prepared directory, outside of the directories of
+            the input.
         max_seq_len: capacity of a row in tokens.
         length_column: for parquet: the integer column of lengths.
         tokens_column: for parquet, instead: a list column, whose sizes are the lengths.
         id_column: for parquet: an integer column of ids, each of them once; None numbers the rows.
+            `verify_prepared` finds ids that are there twice; here only those are found of which
+            there are more than lie between the lowest and the highest.
         algorithm: as in `pack_length_histogram`.
         max_segments: as in `pack_length_histogram`.
         over_length: the policy for sequences over `max_seq_len`, the name of an action or an
@@ -104,7 +110,8 @@ def prepare(
             `if __name__ == "__main__":`.
         map_shards: another engine instead of them, such as `ray_map()`: a function that gets a
             picklable function and the shards, and yields the results in any order.
-        overwrite: whether a prepared directory of other data at `output` may be replaced.
+        overwrite: whether a prepared directory of other data at `output` may be replaced, if
+            nothing else is in it.
         progress: whether to show progress on stderr; None to do so on a terminal.
 
     Returns:
@@ -112,8 +119,8 @@ def prepare(
 
     Raises:
         SeqpackError: an argument is out of range, a file is damaged, a length or an id cannot be
-            used (the message names its row and file), another run prepares the same `output`, or
-            `output` holds something else.
+            used (the message names its row and file), another run prepares the same `output`,
+            `output` holds something else, lies in the input or cannot be written.
 
     Example:
         >>> import tempfile
@@ -136,11 +143,14 @@ def prepare(
     ).checked(_CALLER)
     workers = check_int(_CALLER, "workers", workers, 1)
     target = _output_path(output)
+    if (searched := searched_by(_CALLER, source, os.fspath(target))) is not None:
+        problem = f"the output {target} lies in the input {searched}, and would be read as such"
+        fail(_CALLER, problem, "choose a directory elsewhere")
     work = WorkDirectory(target.parent / f".{target.name}.partial")
     _check_output(target, parameters, None, overwrite)
     with _locked(work, target):
         shards = list_shards(
-            source, parameters.columns, work_dir=work.root / "lengths", caller=_CALLER
+            source, parameters.columns, work_dir=work.lengths, progress=progress, caller=_CALLER
         )
         _check_output(target, parameters, shards, overwrite)
         rows = sum(shard.rows for shard in shards)
@@ -262,38 +272,35 @@ def _check_records(
 
 
 def _output_path(output: str | os.PathLike[str]) -> Path:
-    text = os.fspath(output)
-    if "://" in text:
-        hint = "prepare to a local directory and copy that; load_prepared reads URLs"
-        fail(_CALLER, f"output = {text!r} is no local path", hint)
-    return Path(os.path.realpath(text))  # what is behind a link is replaced, not the link
+    path = local_path(_CALLER, "output", output)
+    target = Path(os.path.realpath(path))  # what is behind a link is replaced, not the link
+    if os.path.islink(path) and not os.path.lexists(target):
+        hint = f"make {target}, remove the link, or choose another output"
+        fail(_CALLER, f"the output {path} is a link to nothing", hint)
+    if not target.name:
+        fail(_CALLER, f"the output {target} cannot be replaced", "choose another output")
+    return target
 
 
 @contextmanager
 def _locked(work: WorkDirectory, target: Path) -> Iterator[None]:
     """Keep other runs for the same output away."""
-    try:
-        from filelock import FileLock, Timeout
-    except ImportError:
-        fail(_CALLER, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
-    try:
+    with making(_CALLER, work.root):
         work.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(_CALLER, f"{work.root} cannot be made ({error.strerror})", "choose another output")
-    lock = FileLock(work.root / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except (Timeout, FileNotFoundError):  # it just finished, and removed the directory
-        fail(_CALLER, f"another run is preparing {target}", "wait for it, or choose another output")
-    try:
-        yield
-    finally:
+    busy = f"another run is preparing {target}", "wait for it, or choose another output"
+    with file_lock(_CALLER, work.lock, busy):
+        if not work.lock.exists():  # that run ended while this one waited for the file
+            fail(_CALLER, *busy)
         try:
-            if not any(work.records.glob("*")):  # nothing to go on with
-                (work.root / "lock").unlink(missing_ok=True)
-                _remove(work)
+            yield
         finally:
-            lock.release()
+            if not (any(work.records.glob("*")) or any(work.lengths.glob("*.npy"))):
+                # Nothing to go on with.  The lock goes last: who makes a new one fills the
+                # directory at once.
+                _remove(work)
+                with suppress(OSError):
+                    work.lock.unlink()
+                    work.root.rmdir()
 
 
 def _check_output(
@@ -303,12 +310,7 @@ def _check_output(
     overwrite: bool,
 ) -> None:
     """Raise before much is done if `target` can neither become the result nor be it already."""
-    if not target.exists():
-        return
-    ours = {MANIFEST, COUNTS, TEMPLATES, POOLS, "counts.json", "templates.json"}
-    if not target.is_dir() or {path.name for path in target.iterdir()} - ours:
-        fail(_CALLER, f"{target} exists and is no prepared directory", "choose another output")
-    if overwrite or not any(target.iterdir()):
+    if not _check_ours(target) or overwrite:
         return
     saved = _load_output(target).manifest
     parts = [
@@ -318,6 +320,26 @@ def _check_output(
         _refuse(target, "was prepared with other parameters")
     if shards is not None and [shard["input"] for shard in saved["shards"]] != parts:
         _refuse(target, "was prepared from another input")
+
+
+def _check_ours(target: Path) -> bool:
+    """Raise if anything at `target` was not written by `prepare`; return if anything is there."""
+    ours: set[str] = set()
+    try:
+        if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+            return False
+        found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
+        if MANIFEST in found:
+            text = (target / MANIFEST).read_bytes().decode(errors="replace")
+            ours = seed_files(target, text) or listed_files(text)
+    except OSError as error:
+        problem = f"the output {target} cannot be read ({error.strerror})"
+        fail(_CALLER, problem, "choose another output, or its rights")
+    if extra := sorted(found - ours) or [""] * (not target.is_dir()):
+        what = f": {extra[0]} is in it" if extra[0] else ""
+        hint = "choose another output, or move away what is there"
+        fail(_CALLER, f"{target} exists and is no prepared directory{what}", hint)
+    return True
 
 
 def _load_output(target: Path) -> Prepared:
@@ -333,7 +355,7 @@ def _refuse(target: Path, problem: str) -> NoReturn:
 
 def _publish(work: WorkDirectory, target: Path, digest: str, overwrite: bool) -> None:
     """Rename the finished data to `target`, and remove what is left of the work."""
-    there = target.exists() and any(target.iterdir())
+    there = _check_ours(target)  # again: files may have come
     if not there or overwrite:
         replaced = work.root / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)

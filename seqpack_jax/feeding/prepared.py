@@ -246,8 +246,8 @@ def _check_files(root: Path, files: Mapping[str, FileEntry]) -> None:
     """Check names and sizes of all files, and checksums of the small ones."""
     present: dict[str, int] = {}
     for folder, prefix in ((root, ""), (root / POOLS, f"{POOLS}/")):
-        if folder.is_dir():
-            for found in folder.iterdir():
+        with reading(_CALLER, folder):
+            for found in folder.iterdir() if folder.is_dir() else ():
                 present[prefix + found.name] = found.stat().st_size if found.is_file() else -1
     if present.get(POOLS) == -1:  # a directory
         del present[POOLS]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seqpack_jax.errors import fail
-from seqpack_jax.feeding.formats import filesystem
+from seqpack_jax.feeding.formats import filesystem, is_local
 from seqpack_jax.feeding.manifest import MANIFEST, parse_manifest, read_manifest
 from seqpack_jax.feeding.progress import progress_bar
 from seqpack_jax.feeding.seed_directory import is_seed_manifest
@@ -38,9 +38,9 @@ def local_copy(
     if "\0" in path:
         fail(caller, f"path = {path!r} holds a null character", "pass the name of a directory")
     if "://" not in path and "::" not in path:
-        return Path(path)
+        return Path(os.path.expanduser(path))
     fs, root = filesystem(caller, path)
-    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+    if is_local(fs):
         return Path(root)
     try:
         with fs.open(f"{root}/{MANIFEST}", "rb") as file:

@@ -18,7 +18,7 @@ from seqpack_jax.planning.counts import as_counts
 from seqpack_jax.planning.histogram import SequencePools
 from seqpack_jax.planning.plan import PackingPlan
 
-__all__ = ["is_seed_manifest", "load_seed_directory"]
+__all__ = ["is_seed_manifest", "load_seed_directory", "seed_files"]
 
 _AGAIN = "prepare the data set again, best with seqpack_jax"
 
@@ -30,6 +30,14 @@ def is_seed_manifest(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and "packer" in manifest and "format" not in manifest
+
+
+def seed_files(root: Path, text: str) -> set[str]:
+    """Return the names in `root` that PyPI seqpack writes; none if the manifest is not its own."""
+    if not is_seed_manifest(text):
+        return set()
+    pools = {f"pools/{path.name}" for path in root.glob("pools/*.npy") if path.stem.isdecimal()}
+    return {"manifest.json", "counts.json", "templates.json", "pools"} | pools
 
 
 def load_seed_directory(

@@ -92,6 +92,16 @@ class WorkDirectory(NamedTuple):
         """A file for each finished shard."""
         return self.root / "records"
 
+    @property
+    def lengths(self) -> Path:
+        """A file for each FASTA file that was counted."""
+        return self.root / "lengths"
+
+    @property
+    def lock(self) -> Path:
+        """What a run holds while it works here."""
+        return self.root / "lock"
+
     def record(self, number: int) -> Path:
         """The file that stands for a finished shard."""
         return self.records / f"{number:05d}.json"
