@@ -3,6 +3,7 @@
 import gzip
 import os
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -222,6 +223,24 @@ def test_npy_files_are_read_by_rows(tmp_path, memory, dtype, max_rows):
             assert all(len(lengths) <= min(4, max_rows) and ids is None for lengths, ids in blocks)
             assert all(lengths.dtype in (np.int32, np.int64) for lengths, _ in blocks)
             assert all(lengths.dtype.isnative for lengths, _ in blocks)
+
+
+def test_headers_are_parsed_one_at_a_time(tmp_path):
+    """Python 3.11 raises a SystemError now and then when several threads parse literals."""
+    for k in range(8):
+        np.save(tmp_path / f"{k}.npy", [k])
+    parse, parsing, most = np.lib.format.read_array_header_1_0, [], []
+
+    def note(file):
+        parsing.append(file)
+        threading.Event().wait(0.01)
+        most.append(len(parsing))
+        parsing.remove(file)
+        return parse(file)
+
+    with mock.patch.object(np.lib.format, "read_array_header_1_0", note):
+        assert len(list_in(tmp_path, Columns())[0].parts) == 8
+    assert most == [1] * 8
 
 
 class Trap:

@@ -169,7 +169,7 @@ def test_long_lists_make_short_blocks(tmp_path):
         mock.patch.object(pq.ParquetFile, "iter_batches", autospec=True) as read,
     ):
         read.side_effect = lambda self, *args, **options: iter(())
-        for columns, size in ((TOKENS, 3), (Columns(tokens="tokens2"), 256)):
+        for columns, size in ((TOKENS, 3), (Columns(tokens="tokens2"), 128)):
             assert blocks_of(path, columns) == []
             assert read.call_args.args[1] == size
     assert max(len(lengths) for lengths, _ in blocks_of(path, Columns(tokens="tokens2"))) == 40

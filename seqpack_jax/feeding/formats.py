@@ -11,6 +11,7 @@ import gzip
 import io
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
@@ -53,6 +54,7 @@ _SUFFIXES = {
 _FASTA_BYTES = 1 << 20  # read at once
 _OTHER = "\x1a"  # stands for bytes that are no ASCII
 _ASCII = bytes(range(128)) + _OTHER.encode() * 128
+_PARSING = threading.Lock()  # Python 3.11 may fail where two threads parse literals at once
 _MARKS = {ord("*"): None, ord("-"): None}
 
 Array = NDArray[Any]
@@ -272,7 +274,10 @@ def _read_npy_header(caller: str, name: str, file: Any) -> tuple[np.dtype[Any], 
     version = np.lib.format.read_magic(file)
     if version not in readers:
         fail(caller, f"{name} has version {version} of .npy", "write it with numpy.save")
-    shape, _, dtype = readers[version](file)
+    size = file.read(2 if version == (1, 0) else 4)
+    header = io.BytesIO(size + file.read(int.from_bytes(size, "little")))
+    with _PARSING:
+        shape, _, dtype = readers[version](header)
     if len(shape) != 1 or dtype.kind not in "iu":
         fail(
             caller,

@@ -28,7 +28,7 @@ from seqpack_jax.feeding.formats import (
 __all__ = ["parquet_lengths", "parquet_tokens", "row_groups"]
 
 _BUFFER_BYTES = 1 << 23  # read at once of a column, which may be far longer than memory
-_LIST_ROWS = 256  # lists decoded at once: some of them may be far above the average
+_LIST_ROWS = 128  # lists decoded at once: some of them may be far above the average
 
 Array = NDArray[Any]
 Int64 = NDArray[np.int64]
