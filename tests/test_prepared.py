@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 import pickle
 import shutil
@@ -28,6 +27,7 @@ from prepared_directories import (
     seal,
     write_lengths,
 )
+from seed_library import write_seed_directory
 from strategies import packings
 
 import seqpack_jax as sp
@@ -588,26 +588,7 @@ def write_as_seed(folder, lengths, capacity, ids=None):
     ids = np.arange(len(lengths)) if ids is None else np.array(ids)
     counts = Counter(lengths.tolist())
     templates = sp.pack_length_histogram(counts, capacity).to_counter()
-    (folder / "pools").mkdir(parents=True, exist_ok=True)
-    by_text = {str(length): count for length, count in counts.items()}
-    (folder / "counts.json").write_text(json.dumps(by_text))
-    as_lists = [[list(template), count] for template, count in templates.items()]
-    (folder / "templates.json").write_text(json.dumps(as_lists))
-    for length in counts:
-        np.save(folder / "pools" / f"{length}.npy", ids[lengths == length])
-    bins, tokens = sum(templates.values()), int(lengths.sum())
-    manifest = {
-        "max_seq_len": capacity,
-        "packer": "batched",
-        "n_sequences": len(lengths),
-        "n_bins": bins,
-        "distinct_lengths": len(counts),
-        "distinct_templates": len(templates),
-        "total_tokens": tokens,
-        "total_capacity": bins * capacity,
-        "efficiency": tokens / (bins * capacity) if bins else 0.0,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    write_seed_directory(folder, lengths, ids, templates, capacity)
 
 
 @settings(max_examples=25)
