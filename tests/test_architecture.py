@@ -70,8 +70,7 @@ OPTIONAL = {
     "feeding.parquet": {"fsspec", "pyarrow"},
     "feeding.workers": {"filelock"},
     "feeding.shards": {"pyarrow"},
-    "feeding.remote": {"filelock", "fsspec"},
-    "feeding.preparation": {"filelock"},
+    "feeding.remote": {"filelock"},
     "feeding.row_files": {"array_record", "pyarrow"},
     "feeding.distributed": {"ray"},
 }
