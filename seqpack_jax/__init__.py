@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from seqpack_jax.feeding.inputs import list_shards as list_shards
     from seqpack_jax.feeding.manifest import PreparationParameters as PreparationParameters
     from seqpack_jax.feeding.measuring import measure_lengths as measure_lengths
+    from seqpack_jax.feeding.operation import PackOperation as PackOperation
     from seqpack_jax.feeding.pipeline import PackedSource as PackedSource
-    from seqpack_jax.feeding.pipeline import PackOperation as PackOperation
     from seqpack_jax.feeding.pipeline import pack_dataset as pack_dataset
     from seqpack_jax.feeding.preparation import merge_shards as merge_shards
     from seqpack_jax.feeding.preparation import prepare as prepare
@@ -93,7 +93,8 @@ _HOMES = {
     "feeding.epoch": ["Epoch", "EpochShard", "materialize_epoch", "shuffle_bins"],
     "feeding.sequences": ["FlatSequences"],
     "feeding.batch": ["PackedBatch", "pack_batch", "unpack_batch", "validate_batch"],
-    "feeding.pipeline": ["PackOperation", "PackedSource", "pack_dataset"],
+    "feeding.operation": ["PackOperation"],
+    "feeding.pipeline": ["PackedSource", "pack_dataset"],
     "feeding.formats": ["Columns"],
     "feeding.inputs": ["list_shards"],
     "feeding.measuring": ["measure_lengths"],

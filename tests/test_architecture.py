@@ -32,6 +32,7 @@ ORDER = [
     "feeding.sequences",
     "feeding.batch",
     "feeding.streaming",
+    "feeding.operation",
     "feeding.pipeline",
     "feeding.progress",
     "feeding.formats",
