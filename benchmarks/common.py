@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,9 +52,11 @@ def medians(*runs: Callable[[], Any], number: int = 1) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def lognormal_lengths(n: int, max_seq_len: int, seed: int = 0) -> NDArray[np.int64]:
-    """Draw lengths like those of web documents: median 300, sigma 1, clipped to `max_seq_len`."""
-    draws = np.random.default_rng(seed).lognormal(np.log(300), 1.0, n)
+def lognormal_lengths(
+    n: int, max_seq_len: int, seed: int = 0, *, median: float = 300, sigma: float = 1.0
+) -> NDArray[np.int64]:
+    """Draw lengths clipped to `max_seq_len`; those of web documents unless told otherwise."""
+    draws = np.random.default_rng(seed).lognormal(np.log(median), sigma, n)
     return np.clip(np.rint(draws), 1, max_seq_len).astype(np.int64)
 
 
@@ -67,6 +69,84 @@ def billion_counts(lengths: NDArray[np.int64], seed: int = 0) -> NDArray[np.int6
     """Draw the counts of 1e9 sequences with the length distribution of `lengths`."""
     counts = np.bincount(lengths)
     return np.random.default_rng(seed).multinomial(10**9, counts / len(lengths))
+
+
+def token_records(lengths: NDArray[np.int64]) -> list[dict[str, NDArray[np.int32]]]:
+    """Make records in memory, of the tokens 1, 2, 3 and so on."""
+    return [{"tokens": np.arange(1, length + 1, dtype=np.int32)} for length in lengths]
+
+
+class CutTokens:
+    """Sequences of the lengths of a prepared set, cut out of one file; pickled by their folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = str(folder)
+        self._lengths = np.load(f"{folder}/lengths.npy", mmap_mode="r")
+        self._tokens = np.asarray(np.load(f"{folder}/tokens.npy", mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitems__(self, ids: list[int]) -> list[NDArray[np.int32]]:
+        """Return several sequences at once."""
+        index = np.asarray(ids, np.int64)
+        lengths = np.asarray(self._lengths[index], np.int64)
+        starts = index * 2_654_435_761 % (len(self._tokens) - lengths)
+        pairs = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        return [self._tokens[start:stop] for start, stop in pairs]
+
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        return self.__getitems__([index])[0]
+
+    def __reduce__(self) -> tuple[type[CutTokens], tuple[str]]:
+        return CutTokens, (self.folder,)
+
+
+def prepare_synthetic(folder: Path, size: int, max_seq_len: int) -> Path:
+    """Make a folder with lognormal lengths, `prepared` from them, and 256 MB for `CutTokens`."""
+    from seqpack_jax import prepare
+
+    folder.mkdir()
+    lengths = np.lib.format.open_memmap(folder / "lengths.npy", "w+", np.int32, (size,))
+    for number, start in enumerate(range(0, size, 10**7)):
+        part = lengths[start : start + 10**7]
+        part[:] = lognormal_lengths(len(part), max_seq_len, number)
+    lengths.flush()
+    prepare(str(folder / "lengths.npy"), str(folder / "prepared"), max_seq_len, workers=2)
+    tokens = np.random.default_rng(0).integers(1, 50_000, 1 << 26, np.int32)
+    np.save(folder / "tokens.npy", tokens)
+    return folder
+
+
+def quiet_grain() -> None:
+    """Get ready for Grain: it reads absl flags that no one has parsed here, and logs a lot."""
+    from absl import flags, logging
+
+    flags.FLAGS.mark_as_parsed()
+    logging.set_verbosity(logging.FATAL)
+
+
+class Packed(NamedTuple):
+    """What came out of a pipeline that packs: real tokens, all rows, and those with a token."""
+
+    tokens: int
+    rows: int
+    used_rows: int
+
+
+def count_packed(items: Iterable[Any]) -> Packed:
+    """Drain a pipeline of rows or batches, ours or Grain's, and count."""
+    counted = np.zeros(3, np.int64)
+    for item in items:
+        if isinstance(item, tuple):  # of Grain's PackAndBatchOperation
+            (segment_ids,) = item[1].values()
+        else:
+            names = ("segment_ids", "tokens_segment_ids")
+            segment_ids = next(item[name] for name in names if name in item)
+        segment_ids = np.atleast_2d(segment_ids)
+        real = segment_ids > 0
+        counted += (np.count_nonzero(real), len(segment_ids), np.count_nonzero(real.any(axis=1)))
+    return Packed(*counted.tolist())
 
 
 def show_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from seqpack_jax.feeding.batch import PackedBatch as PackedBatch
     from seqpack_jax.feeding.batch import pack_batch as pack_batch
     from seqpack_jax.feeding.batch import unpack_batch as unpack_batch
+    from seqpack_jax.feeding.batch import unpack_by_id as unpack_by_id
     from seqpack_jax.feeding.batch import validate_batch as validate_batch
     from seqpack_jax.feeding.distributed import ray_map as ray_map
     from seqpack_jax.feeding.epoch import Epoch as Epoch
@@ -24,21 +25,33 @@ if TYPE_CHECKING:
     from seqpack_jax.feeding.epoch import shuffle_bins as shuffle_bins
     from seqpack_jax.feeding.export import export_rows as export_rows
     from seqpack_jax.feeding.formats import Columns as Columns
+    from seqpack_jax.feeding.grain_packers import BestFitPackIterDataset as BestFitPackIterDataset
+    from seqpack_jax.feeding.grain_packers import FirstFitPackIterDataset as FirstFitPackIterDataset
+    from seqpack_jax.feeding.hosts import check_processes as check_processes
+    from seqpack_jax.feeding.hosts import make_global_batch as make_global_batch
+    from seqpack_jax.feeding.hosts import row_shard as row_shard
     from seqpack_jax.feeding.inputs import list_shards as list_shards
     from seqpack_jax.feeding.manifest import PreparationParameters as PreparationParameters
     from seqpack_jax.feeding.measuring import measure_lengths as measure_lengths
     from seqpack_jax.feeding.operation import PackOperation as PackOperation
-    from seqpack_jax.feeding.pipeline import PackedSource as PackedSource
+    from seqpack_jax.feeding.packed_source import PackedSource as PackedSource
     from seqpack_jax.feeding.pipeline import pack_dataset as pack_dataset
     from seqpack_jax.feeding.preparation import merge_shards as merge_shards
     from seqpack_jax.feeding.preparation import prepare as prepare
     from seqpack_jax.feeding.prepared import Prepared as Prepared
     from seqpack_jax.feeding.prepared import load_prepared as load_prepared
+    from seqpack_jax.feeding.resuming import PackedDataset as PackedDataset
     from seqpack_jax.feeding.row_files import decode_row as decode_row
     from seqpack_jax.feeding.sequences import FlatSequences as FlatSequences
     from seqpack_jax.feeding.shards import prepare_shard as prepare_shard
+    from seqpack_jax.feeding.stream_dataset import PackIterDataset as PackIterDataset
+    from seqpack_jax.feeding.tables import open_table as open_table
+    from seqpack_jax.feeding.token_files import open_flat as open_flat
+    from seqpack_jax.feeding.token_files import open_megatron as open_megatron
     from seqpack_jax.feeding.token_store import open_sequences as open_sequences
     from seqpack_jax.feeding.token_store import write_flat as write_flat
+    from seqpack_jax.feeding.upstream import JoinedSequences as JoinedSequences
+    from seqpack_jax.feeding.upstream import RecordSequences as RecordSequences
     from seqpack_jax.feeding.verification import verify_prepared as verify_prepared
     from seqpack_jax.feeding.workers import local_map as local_map
     from seqpack_jax.model.segments import (
@@ -69,6 +82,8 @@ if TYPE_CHECKING:
     from seqpack_jax.planning.plan import Certificate as Certificate
     from seqpack_jax.planning.plan import PackingPlan as PackingPlan
     from seqpack_jax.planning.stats import PackingStats as PackingStats
+    from seqpack_jax.planning.vectors import VectorPlan as VectorPlan
+    from seqpack_jax.planning.vectors import pack_vectors as pack_vectors
 
 __version__ = "0.1.0"
 
@@ -81,6 +96,7 @@ _HOMES = {
     "planning.bins": ["Bins"],
     "planning.plan": ["Certificate", "PackingPlan"],
     "planning.bounds": ["volume_bound"],
+    "planning.vectors": ["VectorPlan", "pack_vectors"],
     "planning.stats": ["PackingStats"],
     "planning.packers": [
         "greedy_pack_sequences",
@@ -92,27 +108,37 @@ _HOMES = {
     ],
     "feeding.epoch": ["Epoch", "EpochShard", "materialize_epoch", "shuffle_bins"],
     "feeding.sequences": ["FlatSequences"],
-    "feeding.batch": ["PackedBatch", "pack_batch", "unpack_batch", "validate_batch"],
+    "feeding.batch": [
+        "PackedBatch",
+        "pack_batch",
+        "unpack_batch",
+        "unpack_by_id",
+        "validate_batch",
+    ],
+    "feeding.stream_dataset": ["PackIterDataset"],
+    "feeding.grain_packers": ["BestFitPackIterDataset", "FirstFitPackIterDataset"],
     "feeding.operation": ["PackOperation"],
-    "feeding.pipeline": ["PackedSource", "pack_dataset"],
+    "feeding.packed_source": ["PackedSource"],
+    "feeding.pipeline": ["pack_dataset"],
+    "feeding.hosts": ["check_processes", "make_global_batch", "row_shard"],
+    "feeding.resuming": ["PackedDataset"],
     "feeding.formats": ["Columns"],
     "feeding.inputs": ["list_shards"],
+    "feeding.workers": ["local_map"],
     "feeding.measuring": ["measure_lengths"],
     "feeding.manifest": ["PreparationParameters"],
     "feeding.shards": ["prepare_shard"],
     "feeding.prepared": ["Prepared", "load_prepared"],
     "feeding.verification": ["verify_prepared"],
-    "feeding.workers": ["local_map"],
     "feeding.preparation": ["merge_shards", "prepare"],
     "feeding.row_files": ["decode_row"],
     "feeding.token_store": ["open_sequences", "write_flat"],
+    "feeding.upstream": ["JoinedSequences", "RecordSequences"],
+    "feeding.token_files": ["open_flat", "open_megatron"],
+    "feeding.tables": ["open_table"],
     "feeding.export": ["export_rows"],
     "feeding.distributed": ["ray_map"],
-    "model.segments": [
-        "build_packing_attention_bias",
-        "build_packing_cu_seqlens",
-        "from_seed_ids",
-    ],
+    "model.segments": ["build_packing_attention_bias", "build_packing_cu_seqlens", "from_seed_ids"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -7,10 +7,12 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import packings, random_sequences
+from strategies import over_length_packings, packings, random_sequences
 
 import seqpack_jax as sp
-from seqpack_jax.feeding.batch import fill_rows, validate_batch
+from seqpack_jax.feeding.batch import fill_rows, unpack_by_id, validate_batch
+from seqpack_jax.feeding.features import make_features
+from seqpack_jax.feeding.key_styles import KEY_STYLES
 
 
 def flat(sequences, dtype=np.int32):
@@ -37,6 +39,17 @@ def test_equals_the_token_by_token_version(packing, extra, pad, as_flat):
         assert array.shape == (len(bins) + extra, capacity)
         assert array.tolist() == rows
         assert array.flags.owndata or array.base.flags.owndata
+
+
+def test_rows_are_filled_without_a_plan():
+    arrays = [np.array([5, 6], np.uint8), np.array([7]), np.array([8, 9])]
+    batch = fill_rows("test", arrays, np.array([0, 2, 3]), 3, 4, -1, np.array([0, 3, 10]))
+    assert batch.tokens.tolist() == [[5, 6, 7, -1], [8, 9, -1, -1], [-1] * 4]
+    assert batch.segment_ids.tolist() == [[1, 1, 2, 0], [1, 1, 0, 0], [0] * 4]
+    assert batch.positions.tolist() == [[0, 1, 3, 0], [10, 11, 0, 0], [0] * 4]
+    assert batch.features == {}
+    with pytest.raises(sp.SeqpackError, match="test: bin 1 holds 2 tokens of 1"):
+        fill_rows("test", arrays[1:], np.array([0, 1, 2]), 2, 1, 0)
 
 
 @given(packing=packings())
@@ -121,7 +134,7 @@ def test_bad_calls():
     for pad in (2**31, None, 1.5, True):
         with pytest.raises(sp.SeqpackError, match="pad_value"):
             sp.pack_batch(bins, sequences, 8, lengths=[3, 2, 8], pad_value=pad)
-    with pytest.raises(sp.SeqpackError, match=r"an id is not in \[0, 2\)"):
+    with pytest.raises(sp.SeqpackError, match="sequence 2 is missing"):
         sp.pack_batch(bins, flat(sequences[:2]), 8, lengths=[3, 2, 8])
 
 
@@ -171,10 +184,243 @@ def test_a_feature_takes_no_name_of_an_array(name):
         batch._replace(features={"weights": weights, name: weights}).asdict()
 
 
+# --- records ----------------------------------------------------------------------------------
+
+
+def records_of(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": rng.integers(1, 1000, length),
+            "mask": rng.integers(0, 2, length) > 0,
+            "vectors": rng.random((length, 2), np.float32),
+            "score": 0.5 * index,
+            "image": rng.integers(0, 255, (2, 2), np.uint8),
+        }
+        for index, length in enumerate(lengths)
+    ]
+
+
+@given(
+    packing=over_length_packings(max_size=12, max_capacity=12),
+    multiple_of=st.sampled_from([1, 2, 3]),
+    by_id=st.booleans(),
+)
+def test_records_come_back_whole_or_as_the_policy_cuts_them(packing, multiple_of, by_id):
+    lengths, capacity, policy = packing
+    capacity = -(-capacity // multiple_of) * multiple_of
+    bins = sp.pack_sequences(lengths, capacity, tolerance=multiple_of, over_length=policy, seed=3)
+    records = records_of(lengths)
+    width = max([len(held) for held in bins], default=1)
+    batch = sp.pack_batch(
+        bins,
+        dict(enumerate(records)) if by_id else records,
+        capacity,
+        lengths=lengths,
+        rows=len(bins) + 1,
+        multiple_of=multiple_of,
+        max_segments=width,
+        meta_features=["image"],
+        metadata=True,
+        pad_value={"tokens": -1, "vectors": 0.5},
+    )
+    alone = sp.pack_batch(
+        bins,
+        [record["tokens"] for record in records],
+        capacity,
+        lengths=lengths,
+        rows=len(bins) + 1,
+        multiple_of=multiple_of,
+        pad_value=-1,
+    )
+    for array, expected in zip(batch[:3], alone[:3], strict=True):
+        np.testing.assert_array_equal(array, expected)
+    continues = policy.positions if policy.action == "split" else "restart"
+    validate_batch(batch, max_segments=width, positions=continues, multiple_of=multiple_of)
+    if not len(bins):
+        assert sorted(batch.features) == ["ids", "row_valid", "segment_lengths"]
+        return
+    named = batch.asdict()
+    padding = batch.segment_ids == 0
+    assert (batch.tokens[padding] == -1).all()
+    assert (batch.features["vectors"][padding] == 0.5).all()
+    assert not batch.features["mask"][padding].any()
+    kept = {name: unpack_by_id(named, name) for name in ("tokens", "mask", "vectors")}
+    once = {name: unpack_by_id(named, name, once=True) for name in ("score", "image")}
+    assert sorted(kept["tokens"]) == sorted(bins.ids.tolist())
+    for index, tokens in kept["tokens"].items():
+        source, start = index, 0
+        if bins.pieces is not None and index >= bins.pieces.first_id:
+            source, start = bins.pieces.table[index - bins.pieces.first_id][:2].tolist()
+        elif len(tokens) < lengths[index]:
+            whole = records[index]["tokens"].tolist()
+            starts = range(lengths[index] - len(tokens) + 1)
+            matches = [k for k in starts if whole[k : k + len(tokens)] == tokens.tolist()]
+            if policy.action == "truncate":
+                assert 0 in matches
+            elif policy.action == "truncate_left":
+                assert starts[-1] in matches
+            vectors = records[index]["vectors"]
+            found = kept["vectors"][index].tolist()
+            start = next(k for k in matches if vectors[k : k + len(tokens)].tolist() == found)
+        stop = start + len(tokens)
+        for name in kept:
+            expected = records[source][name][start:stop]
+            assert kept[name][index].tolist() == expected.tolist()
+        assert once["score"][index] == records[source]["score"]
+        assert once["image"][index].tolist() == records[source]["image"].tolist()
+    lengths_of = unpack_by_id(named, "segment_lengths", once=True)
+    assert lengths_of == {index: len(tokens) for index, tokens in kept["tokens"].items()}
+
+
+def test_nested_records_have_nested_features():
+    bins = sp.pack_sequences([2, 1], 4)
+    records = [
+        {"x": {"ids": [1, 2], "y": ([0.5, 1.5], [True, False])}},
+        {"x": {"ids": [3], "y": ([2.5], [True])}},
+    ]
+    batch = sp.pack_batch(bins, records, 4, lengths=[2, 1], feature="x/ids")
+    assert batch.tokens.tolist() == [[1, 2, 3, 0]]
+    named = batch.asdict()
+    assert sorted(named) == ["positions", "segment_ids", "tokens", "x"]
+    assert named["x"]["y"]["0"].tolist() == [[0.5, 1.5, 2.5, 0]]
+    assert [array.tolist() for array in sp.unpack_batch(named, "x/y/1")] == [[True, False], [True]]
+    assert list(batch.asdict("grain")["x"]["y"]) == [
+        f"{name}{end}" for name in "01" for end in ("", "_segment_ids", "_positions")
+    ]
+
+
+def test_bad_records_are_refused():
+    bins = sp.pack_sequences([2, 1], 4)
+    good = [{"tokens": [1, 2]}, {"tokens": [3]}]
+    for records, options, part in [
+        ([good[0], {"tokens": [3], "x": [1]}], {}, "sequence 1 has a feature 'x', sequence 0 has"),
+        ([good[0], [3, 4]], {}, "sequence 1 has 2 tokens, but 1 were planned"),
+        (good[:1], {}, "sequence 1 is missing (IndexError"),
+        ([good[0], {"text": [3]}], {}, "sequence 1 has no feature 'tokens'"),
+        ([good[0], {"tokens": [3], "x": [1, 2]}], {}, "feature 'x' of sequence 1 has 2 entries"),
+        (good, {"metadata": True}, "metadata without max_segments"),
+        (good, {"max_segments": 1}, "bin 0 holds 2 segments of 1"),
+        (good, {"multiple_of": 3}, "max_seq_len = 4 of 'tokens' is no multiple of 3"),
+        (good, {"multiple_of": 4}, "bin 0 holds 8 tokens of 4"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=f"^pack_batch: {re.escape(part)}.*Hint: "):
+            sp.pack_batch(bins, records, 4, lengths=[2, 1], **options)
+
+
+@pytest.mark.parametrize("style", KEY_STYLES)
+def test_a_packed_batch_has_the_key_styles_too(style):
+    lengths = [5, 3, 2, 6, 1]
+    records = [
+        {name: record[name] for name in ("tokens", "mask", "vectors", "score")}
+        for record in records_of(lengths)
+    ]
+    bins = sp.pack_sequences(lengths, 8)
+    options = {"max_segments": 3, "metadata": True}
+    batch = sp.pack_batch(bins, records, 8, lengths=lengths, **options)
+    features = make_features("test", 8, key_style=style, **options)
+    read = [features.read("test", "record", records[i]) for i in bins.ids]
+    expected = features.pack(
+        "test", features.columns("test", read), bins.offsets, len(bins), ids=bins.ids
+    )
+    found = batch.asdict(style)
+    assert sorted(found) == sorted(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_unknown_style_is_refused():
+    batch = sp.pack_batch(sp.pack_sequences([2], 3), [[1, 2]], 3, lengths=[2])
+    with pytest.raises(sp.SeqpackError, match=r"^PackedBatch\.asdict: key_style = 'flax' is not"):
+        batch.asdict("flax")
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+@given(packing=packings(max_size=20, max_capacity=16), size=st.integers(1, 3))
+def test_results_come_back_in_input_order(packing, size):
+    lengths, capacity = packing
+    sequences = random_sequences(lengths)
+    bins = sp.pack_sequences(lengths, capacity)
+    found, totals = {}, {}
+    for start in range(0, len(bins), size):
+        batch = sp.pack_batch(
+            bins[start : start + size],
+            sequences,
+            capacity,
+            lengths=lengths,
+            rows=size,
+            max_segments=len(lengths),
+            metadata=True,
+        )
+        found |= unpack_by_id(batch, values=batch.tokens * 0.5)  # a number per token
+        sums = np.zeros((size, len(lengths)))
+        for row, segment_ids in enumerate(batch.segment_ids):
+            for segment in range(1, segment_ids.max() + 1):
+                sums[row, segment - 1] = batch.tokens[row][segment_ids == segment].sum()
+        totals |= unpack_by_id(batch, values=sums, once=True)  # a number per sequence
+        assert list(unpack_by_id(batch)) == [i for held in bins[start : start + size] for i in held]
+    assert [totals[i] for i in sorted(totals)] == [tokens.sum() for tokens in sequences]
+    assert len(found) == len(sequences)
+    for i, tokens in enumerate(sequences):
+        assert found[i].tolist() == (tokens * 0.5).tolist()
+
+
+def test_what_cannot_be_unpacked_is_refused():
+    batch = sp.pack_batch(
+        sp.pack_sequences([2, 1], 4),
+        [[1, 2], [3]],
+        4,
+        lengths=[2, 1],
+        metadata=True,
+        max_segments=2,
+    ).asdict()
+    assert [found.tolist() for found in sp.unpack_batch(batch, "positions")] == [[0, 1], [0]]
+    deep = np.arange(8).reshape(1, 4, 2)
+    assert [array.tolist() for array in sp.unpack_batch(batch, values=deep)] == [
+        [[0, 1], [2, 3]],
+        [[4, 5]],
+    ]
+    for change, arguments, part in [
+        ({}, {"feature": "labels"}, "unpack_by_id: the batch has no 'labels'. Hint: name one of"),
+        ({}, {"values": np.zeros((1, 3))}, "values are (1, 3), segment_ids (1, 4), not [B, L]"),
+        ({}, {"values": np.zeros((1, 3)), "once": True}, "values are (1, 3), ids (1, 2)"),
+        ({"ids": np.array([[0, -1]])}, {}, "the batch has 2 segments and 1 ids"),
+        ({"ids": np.array([[5, 5]])}, {}, "the id 5 is in the batch twice"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=f"{re.escape(part)}.*Hint: |{re.escape(part)}"):
+            unpack_by_id(batch | change, **arguments)
+    del batch["ids"]
+    with pytest.raises(sp.SeqpackError, match=r"^unpack_by_id: the batch has no ids\. Hint: pack"):
+        unpack_by_id(batch)
+    with pytest.raises(sp.SeqpackError, match="the batch has no 'segment_ids'"):
+        sp.unpack_batch({"tokens": np.zeros((1, 2))})
+    with pytest.raises(sp.SeqpackError, match=r"tokens are \(1, 4, 2\), not \[B, L\]"):
+        sp.unpack_batch(batch | {"tokens": deep})
+
+
+def test_results_on_a_device_come_back():
+    import jax
+
+    batch = sp.pack_batch(
+        sp.pack_sequences([2, 1], 4),
+        [[1, 2], [3]],
+        4,
+        lengths=[2, 1],
+        metadata=True,
+        max_segments=2,
+    )
+    values = jax.numpy.asarray(batch.tokens) * 2
+    found = unpack_by_id(batch, values=values)
+    assert {i: array.tolist() for i, array in found.items()} == {0: [2, 4], 1: [6]}
+
+
 # --- validate_batch ---------------------------------------------------------------------------
 
 
-def first_wrong(segment_ids, positions, max_segments, continues):
+def first_wrong(segment_ids, positions, max_segments, continues, multiple_of=1):
     """Token by token: `(row, token, what)` of the first thing that is wrong, else None."""
 
     def wrong_segment(row, token):
@@ -182,7 +428,11 @@ def first_wrong(segment_ids, positions, max_segments, continues):
         if token == 0:
             return held not in (0, 1)
         before = segment_ids[row][token - 1]
-        return held not in ((before, before + 1, 0) if before > 0 else (0,))
+        if held == 0 or (held == before and before > 0):
+            return False
+        if multiple_of > 1:  # there may be padding in between
+            before = max(0, *segment_ids[row][:token])
+        return before <= 0 or held != before + 1 or token % multiple_of > 0
 
     def wrong_position(row, token):
         held, segment = positions[row][token], segment_ids[row][token]
@@ -208,21 +458,30 @@ def first_wrong(segment_ids, positions, max_segments, continues):
     continues=st.booleans(),
     start=st.integers(0, 5) | st.just(2**31 - 20),
     cap=st.none() | st.integers(1, 4),
+    multiple_of=st.sampled_from([1, 1, 2, 3]),
     data=st.data(),
 )
 def test_one_changed_entry_is_found_unless_the_batch_stays_valid(
-    packing, continues, start, cap, data
+    packing, continues, start, cap, multiple_of, data
 ):
     lengths, capacity = packing
+    capacity = -(-capacity // multiple_of) * multiple_of
     sequences = random_sequences(lengths)
-    bins = sp.pack_sequences(lengths, capacity, max_segments=cap)
+    bins = sp.pack_sequences(lengths, capacity, max_segments=cap, tolerance=multiple_of)
     first = np.full(len(lengths), start) if continues else None
-    arrays = [sequences[i] for i in bins.ids]
-    batch = fill_rows("test", arrays, bins.offsets, len(bins) + 1, capacity, 0, first)
-    options = {"max_segments": cap, "positions": "continue" if continues else "restart"}
+    columns = {"tokens": [sequences[i] for i in bins.ids]}
+    features = make_features("test", capacity, multiple_of=multiple_of)
+    batch = features.pack("test", columns, bins.offsets, len(bins) + 1, first_positions=first)
+    options = {
+        "max_segments": cap,
+        "positions": "continue" if continues else "restart",
+        "multiple_of": multiple_of,
+    }
     validate_batch(batch, **options)
-    assert first_wrong(batch.segment_ids.tolist(), batch.positions.tolist(), cap, continues) is None
-    changed = {name: array.copy() for name, array in batch.asdict().items()}
+    limits = cap, continues, multiple_of
+    lists = batch["segment_ids"].tolist(), batch["positions"].tolist()
+    assert first_wrong(*lists, *limits) is None
+    changed = {name: array.copy() for name, array in batch.items()}
     array = changed[data.draw(st.sampled_from(["tokens", "segment_ids", "positions"]))]
     row = data.draw(st.integers(0, len(array) - 1))
     token = data.draw(st.integers(0, capacity - 1))
@@ -230,7 +489,7 @@ def test_one_changed_entry_is_found_unless_the_batch_stays_valid(
     ends = st.sampled_from([-(2**31), -1, 0, 1, 2**31 - 1])
     array[row, token] = data.draw(near | ends)
     lists = changed["segment_ids"].tolist(), changed["positions"].tolist()
-    wrong = first_wrong(*lists, cap, continues)
+    wrong = first_wrong(*lists, *limits)
     if wrong is None:
         validate_batch(changed, **options)
         return
@@ -266,6 +525,12 @@ def rows(segment_ids, positions, tokens=None):
         ([[1, 1]], [[-1, 0]], {"positions": "continue"}, "position -1, expected at least 0"),
         ([[1, 0]], [[4, 5]], {"positions": "continue"}, "token 1: position 5, expected 0"),
         ([[1, 1]], [[2**31 - 1, -(2**31)]], {"positions": "continue"}, "expected 2147483648"),
+        ([[1, 0, 2, 0]], [[0] * 4], {}, "token 2: segment id 2, expected 0 (0"),
+        ([[1, 2, 0, 0]], [[0] * 4], {"multiple_of": 2}, "token 1: segment id 2, expected 1 or 0"),
+        ([[1, 0, 3, 0]], [[0] * 4], {"multiple_of": 2}, "token 2: segment id 3, expected 0 or 2"),
+        ([[1, 0, 0, 2]], [[0] * 4], {"multiple_of": 2}, "token 3: segment id 2, expected 0 (0"),
+        ([[0, 0, 1, 0]], [[0] * 4], {"multiple_of": 2}, "token 2: segment id 1, expected 0 (0"),
+        ([[1, 0, 2, 0]], [[0, 1, 0, 0]], {"multiple_of": 2}, "token 1: position 1, expected 0"),
     ],
 )
 def test_what_breaks_the_conventions_is_named(segment_ids, positions, options, part):
@@ -299,6 +564,7 @@ def test_arrays_of_a_wrong_form_are_refused():
     for options, part in [
         ({"positions": "any"}, "choose one of restart, continue"),
         ({"max_segments": 0}, "max_segments = 0"),
+        ({"multiple_of": 0}, "multiple_of = 0"),
     ]:
         with pytest.raises(sp.SeqpackError, match=part):
             validate_batch(good, **options)

@@ -178,9 +178,10 @@ def test_the_forms_of_the_seed_give_the_same_epoch(packing, algorithm, seed, ord
         epoch = sp.materialize_epoch(templates, {size: ids[size] for size in sizes}, seed, epoch=1)
         assert epoch[:].tolist() == want
     assert epoch.plan.max_seq_len == max((sum(template) for template in counter), default=1)
-    assert sp.materialize_epoch(plan, ids, seed)[:].tolist() == (
-        sp.materialize_epoch(plan, pools, seed=seed, epoch=0)[:].tolist()
-    )
+    for zones in (1, 3):
+        assert sp.materialize_epoch(plan, ids, seed, zones=zones)[:].tolist() == (
+            sp.materialize_epoch(plan, pools, seed=seed, epoch=0, zones=zones)[:].tolist()
+        )
 
 
 def test_pools_that_are_memory_maps_stay_such(tmp_path):

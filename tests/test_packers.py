@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import algorithms, caps, over_length_packings, packings
 
 import seqpack_jax as sp
+from seqpack_jax.planning.vectors import pack_vectors
 
 every_algorithm = algorithms | st.just("next_fit")
 
@@ -214,3 +215,57 @@ def test_sorting_shuffles_as_packing_does():
         with pytest.raises(sp.SeqpackError, match=f"sort_indices_by_length: {part}"):
             sort(lengths, *options)
     assert sort([]).tolist() == []
+
+
+@st.composite
+def items(draw):
+    """`(lengths [n, 2], capacities)`, of few classes and many."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    pool = rng.integers(0, [20, 9], (draw(st.integers(1, 20)), 2))
+    pool[~pool.any(axis=1)] = 1
+    return rng.choice(pool, draw(st.integers(0, 50))), (20, 8)
+
+
+@given(packing=items(), cap=caps, seed=st.none() | st.integers(0, 5))
+def test_items_of_several_columns(packing, cap, seed):
+    lengths, capacities = packing
+    bins = sp.pack_sequences(lengths, capacities, max_segments=cap, seed=seed)
+    bins.check(lengths)
+    plan, pools = pack_vectors(lengths, capacities, max_segments=cap)
+    vectors = plan.vectors[plan.classes]
+    assert len(bins) == plan.num_bins
+    templates = np.repeat(np.arange(plan.num_templates), plan.multiplicity)
+    for ids, template in zip(bins, templates, strict=True):
+        want = vectors[plan.offsets[template] : plan.offsets[template + 1]]
+        assert lengths[ids].tolist() == want.tolist()
+    if seed is None:
+        assert bins.key is None
+        assert bins.tolist() == sp.materialize_epoch(plan, pools)[:].tolist()
+
+
+def test_a_seed_shuffles_items_of_one_class():
+    lengths = np.repeat([[4, 1], [3, 2]], 50, axis=0)
+    plain, one, two = (sp.pack_sequences(lengths, (4, 2), seed=s) for s in (None, 1, 2))
+    assert len({bins.ids.tobytes() for bins in (plain, one, two)}) == 3
+    assert plain.ids.tolist() in ([*range(100)], [*range(50, 100), *range(50)])
+    assert sorted(one.ids[:50].tolist()) == sorted(plain.ids[:50].tolist())
+    assert one.key == sp.pack_sequences([1], 4, seed=1).key
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "options", "part"),
+    [
+        ([[3, 9]], (4, 8), {}, r"lengths\[0, 1\] = 9, but max_seq_len\[1\] is 8"),
+        ([[3, 0], [0, 0]], (4, 8), {}, r"lengths\[1\] is 0 in every column"),
+        ([[3, 1]], (4, 8), {"tolerance": 2}, "tolerance = 2 with several capacities"),
+        ([[3, 1]], (4, 8), {"over_length": "drop"}, "over_length = 'drop' with several"),
+        ([[3, 1]], (4, 8), {"algorithm": "next_fit"}, "algorithm = 'next_fit' with several"),
+        ([[3, 1]], (4, 8), {"seed": 0.5}, "seed = 0.5 is not an integer"),
+        ([[3, 1]], (4, 8), {"max_segments": 0}, "max_segments = 0"),
+        ([3, 1], (4, 8), {}, r"lengths has shape \(2,\), and there are 2 capacities"),
+        ([[3, 1]], 8, {}, r"lengths has shape \(1, 2\)"),
+    ],
+)
+def test_bad_items_are_refused(lengths, limits, options, part):
+    with pytest.raises(sp.SeqpackError, match=f"^pack_sequences: {part}"):
+        sp.pack_sequences(lengths, limits, **options)

@@ -125,7 +125,7 @@ def test_drop_leaves_out_what_does_not_fill_a_step():
 @pytest.mark.parametrize("count", [1, 3])
 def test_items_do_not_depend_on_the_order_of_reading(batch_size, count, monkeypatch):
     """Reading in order draws blocks of rows, other reading draws items: the same items."""
-    monkeypatch.setattr("seqpack_jax.feeding.pipeline._BLOCK_ROWS", 10)
+    monkeypatch.setattr("seqpack_jax.feeding.packed_source._BLOCK_ROWS", 10)
     options = {"batch_size": batch_size, "shard": (count - 1, count)}
     source = source_of(**options)
     in_order = [source[i] for i in range(len(source))]

@@ -11,7 +11,8 @@ from policy_reference import CAPACITY, CUTS, check_report, check_segments, coded
 
 import seqpack_jax as sp
 from seqpack_jax.arrays import ArrayParts
-from seqpack_jax.feeding.sequences import fetch_sequences
+from seqpack_jax.feeding.features import make_features
+from seqpack_jax.feeding.sequences import fetch_records
 from seqpack_jax.planning.over_length import OverLength, Pieces
 
 
@@ -309,11 +310,13 @@ def test_first_positions_are_only_those_of_pieces():
 
     def fetch(*ids):
         planned = np.array([2] * len(ids))
-        return fetch_sequences("test", coded([40, 2]), np.array(ids), planned, 16, **common)
+        features = make_features("test", 16)
+        return fetch_records("test", coded([40, 2]), np.array(ids), planned, features, **common)
 
     assert fetch(1).first_positions is None
     assert fetch(3, 1, 2, 4).first_positions.tolist() == [16, 0, 0, 32]
-    assert [len(array) for array in fetch(3, 1, 4).arrays] == [16, 2, 8]
+    assert [len(array) for array in fetch(3, 1, 4).columns["tokens"]] == [16, 2, 8]
+    assert fetch(3, 1, 4).ids.tolist() == [0, 1, 0]
 
 
 # --- FlatSequences ----------------------------------------------------------------------------

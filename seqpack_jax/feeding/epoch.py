@@ -17,10 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_integers, fail
+from seqpack_jax.feeding.zones import MAX_ZONES, Zones, pools_of_slots
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.histogram import Int64, SequencePools
 from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.vectors import VectorBins, VectorPlan
 
 __all__ = ["Epoch", "EpochShard", "materialize_epoch", "shuffle_bins"]
 
@@ -84,6 +86,7 @@ class Epoch(_RandomAccess):
             None for pools and bins in their own order.  `Bins` carry it to `pack_batch`, where it
             selects the windows of `"crop"`.
         shuffle: whether the bins come in an order of their own.
+        zones: how the epoch is cut into zones, None for one whole.
 
     Example:
         >>> from seqpack_jax import pack_length_histogram
@@ -94,10 +97,11 @@ class Epoch(_RandomAccess):
         (250000000, 4, 2)
     """
 
-    plan: PackingPlan
+    plan: PackingPlan | VectorPlan
     pools: SequencePools
     key: int | None
     shuffle: bool
+    zones: Zones | None = None
 
     def __len__(self) -> int:
         return self.plan.num_bins
@@ -116,25 +120,37 @@ class Epoch(_RandomAccess):
         return self.bins_and_lengths(indices)[0]
 
     def bins_and_lengths(self, indices: ArrayLike) -> tuple[Bins, NDArray[np.int32]]:
-        """Return the bins at `indices`, and the planned length of each of their ids in tokens."""
-        plan, pools = self.plan, self.pools
+        """Return the bins at `indices`, and the planned length of each of their ids in tokens.
+
+        Lengths are int32 `[m]`; for a `VectorPlan`, `[m, k]`.
+        """
+        plan, pools, zones = self.plan, self.pools, self.zones
         index = self._check(indices)
-        if self.key is not None and self.shuffle:
-            index = permute(index, max(1, len(self)), self.key)
-        template = np.searchsorted(plan.bin_starts, index, side="right") - 1
+        if zones is not None:
+            zone, template, number = zones.place(index, self.key, shuffle=self.shuffle)
+        else:
+            if self.key is not None and self.shuffle:
+                index = permute(index, max(1, len(self)), self.key)
+            template = np.searchsorted(plan.bin_starts, index, side="right") - 1
+            number = index - plan.bin_starts[template]
         sizes = plan.sizes[template]
         offsets = offsets_of(sizes)
-        # Of every slot: where it is in the plan, and which bin of its template it belongs to.
+        # Of every slot: where it is in the plan, and which of the bins here has it.
         slot = np.arange(offsets[-1]) + np.repeat(plan.offsets[template] - offsets[:-1], sizes)
-        bin_of_template = np.repeat(index - plan.bin_starts[template], sizes)
-        length = plan.lengths[slot]
-        rank = plan.slot_starts[slot] + bin_of_template
-        if self.key is not None:
-            count = pools.starts[length + 1] - pools.starts[length]
-            rank = permute(rank, count, np.uint64(self.key) + length.astype(np.uint64))
-        ids = pools.lookup(length, rank)
+        owner = np.repeat(np.arange(len(index)), sizes)
+        pool = pools_of_slots(plan)[slot]
+        if zones is not None:
+            rank = zones.ranks(zone, number, slot, owner, self.key)
+        else:
+            rank = plan.slot_starts[slot] + number[owner]
+            if self.key is not None:
+                count = pools.starts[pool + 1] - pools.starts[pool]
+                rank = permute(rank, count, np.uint64(self.key) + pool.astype(np.uint64))
+        ids = pools.lookup(pool, rank)
+        if isinstance(plan, VectorPlan):
+            return VectorBins(ids, offsets, plan.max_seq_len, key=self.key), plan.vectors[pool]
         over_length = (pools.pieces, pools.over_length, pools.report)
-        return Bins(ids, offsets, plan.max_seq_len, *over_length, key=self.key), length
+        return Bins(ids, offsets, plan.max_seq_len, *over_length, key=self.key), pool
 
     def shard(self, index: int, count: int, *, remainder: str = "pad") -> EpochShard:
         """Return the part of one of `count` ranks, to be read like the epoch itself.
@@ -229,12 +245,13 @@ class EpochShard(_RandomAccess):
 
 
 def materialize_epoch(
-    templates: PackingPlan | Mapping[tuple[int, ...], int],
+    templates: PackingPlan | VectorPlan | Mapping[tuple[int, ...], int],
     pools: SequencePools | Mapping[int, ArrayLike],
     seed: int | None = None,
     *,
     epoch: int = 0,
     shuffle: bool = True,
+    zones: int = 1,
 ) -> Epoch:
     """Assign ids to the bins of a plan for one epoch, without writing any of it out.
 
@@ -244,14 +261,20 @@ def materialize_epoch(
     Time: O(size of the plan + max_len), whatever the number of sequences.
 
     Args:
-        templates: a plan, from `pack_length_histogram`; or `{template: bins}` as in the seed
-            library.  The latter is taken in falling order of the templates, so that equal mappings
-            give equal epochs; its `max_seq_len` is the fullest template.
+        templates: a plan, from `pack_length_histogram` or `pack_vectors`; or `{template: bins}` as
+            in the seed library.  The latter is taken in falling order of the templates, so that
+            equal mappings give equal epochs; its `max_seq_len` is the fullest template.
         pools: the ids of each length, from `length_histogram_from_lengths`, of the same sequences;
             or `{length: ids}`, where memory maps stay such.
         seed: any int; with `epoch` it determines the result.  None keeps pools and plan in order.
         epoch: the number of the epoch, from 0.
         shuffle: False keeps the order of the bins and still pairs sequences anew.
+        zones: into how many zones the epoch is cut, each of which draws from one contiguous stretch
+            of every pool, for sequences that are read from a disk.  Zones come in an order of
+            their own, so do the bins of each, and stretches shift between epochs; a pool that
+            shifted gives its two ends to one zone.  With `shuffle=False`, bins come zone by zone,
+            in the order of the plan.  No more zones are made than there are bins; choose no more
+            than it takes for the stretches of one to fit in memory.
 
     Returns:
         An `Epoch` with as many bins as the plan.
@@ -276,6 +299,19 @@ def materialize_epoch(
     seed = None if seed is None else check_int(caller, "seed", seed)
     plan = _as_plan(caller, templates)
     planned = _as_pools(caller, pools)
+    true_counts = None
+    if isinstance(plan, PackingPlan):
+        true_counts = planned.counts if plan.tolerance > 1 else None
+        planned = _coarsened(caller, plan, planned)
+    _check_counts(caller, plan, planned)
+    key = None if seed is None else seed_from_components(seed, epoch)
+    number = min(check_int(caller, "zones", zones, 1, MAX_ZONES), plan.num_bins)
+    cut = Zones(plan, number, true_counts) if number > 1 else None
+    return Epoch(plan, planned, key, shuffle, cut)
+
+
+def _coarsened(caller: str, plan: PackingPlan, planned: SequencePools) -> SequencePools:
+    """Return the pools of planned lengths, if none is over `max_seq_len`."""
     longer = planned.counts[plan.max_seq_len + 1 :]
     if longer.any():  # coarsening would take them for sequences of max_seq_len tokens
         length = plan.max_seq_len + 1 + int(np.flatnonzero(longer)[0])
@@ -285,7 +321,10 @@ def materialize_epoch(
             f"max_seq_len of the plan is {plan.max_seq_len} ({longer.sum()} sequences are over it)",
             "use the same max_seq_len and over_length policy for the pools and the plan",
         )
-    planned = planned.coarsen(plan.tolerance, plan.max_seq_len)
+    return planned.coarsen(plan.tolerance, plan.max_seq_len)
+
+
+def _check_counts(caller: str, plan: PackingPlan | VectorPlan, planned: SequencePools) -> None:
     counts, slots = planned.counts, plan.counts
     size = min(len(counts), len(slots))
     differ = counts[:size] != slots[:size]
@@ -294,18 +333,19 @@ def materialize_epoch(
         length = int(differ.argmax()) if differ.any() else size + int((more > 0).argmax())
         have = int(counts[length]) if length < len(counts) else 0
         want = int(slots[length]) if length < len(slots) else 0
+        what, hint = "planned length", "pack_length_histogram(pools.counts, max_seq_len)"
+        if isinstance(plan, VectorPlan):
+            what, hint = "class", "pack_vectors returns a plan with its pools"
         fail(
             caller,
-            f"the pools hold {have} sequences of planned length {length}, the plan has {want} slots"
+            f"the pools hold {have} sequences of {what} {length}, the plan has {want} slots"
             f" of it ({planned.num_sequences} sequences, {plan.num_sequences} slots in all)",
-            "plan the counts of these pools: pack_length_histogram(pools.counts, max_seq_len)",
+            f"plan the counts of these pools: {hint}",
         )
-    key = None if seed is None else seed_from_components(seed, epoch)
-    return Epoch(plan, planned, key, shuffle)
 
 
-def _as_plan(caller: str, templates: Any) -> PackingPlan:
-    if isinstance(templates, PackingPlan):
+def _as_plan(caller: str, templates: Any) -> PackingPlan | VectorPlan:
+    if isinstance(templates, PackingPlan | VectorPlan):
         return templates
     if not isinstance(templates, Mapping):
         problem = f"templates is a {type(templates).__name__}, not a plan"

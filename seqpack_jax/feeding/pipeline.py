@@ -1,267 +1,73 @@
-"""Grain: a random-access source of packed rows.
-
-`PackedSource` needs to know all lengths beforehand and gives the most: dense rows, a known number
-of steps, random access and exact resume.
-"""
+"""From records to a source of packed rows in one call: their lengths, a plan, a `PackedSource`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqpack_jax.errors import check_choice, check_int, fail
-from seqpack_jax.feeding.batch import fill_rows
-from seqpack_jax.feeding.epoch import materialize_epoch
-from seqpack_jax.feeding.sequences import FlatSequences, SequenceSource, fetch_sequences
-from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
-from seqpack_jax.planning.bins import Bins
-from seqpack_jax.planning.histogram import SequencePools, length_histogram_from_lengths
-from seqpack_jax.planning.over_length import OverLength
+from seqpack_jax.arrays import offsets_of
+from seqpack_jax.errors import OVER_LENGTH_HINT, check_int, fail
+from seqpack_jax.feeding.features import Features, make_features
+from seqpack_jax.feeding.packed_source import PackedSource
+from seqpack_jax.feeding.reading import make_ends, read_records
+from seqpack_jax.feeding.sequences import FlatSequences
+from seqpack_jax.planning.histogram import Int64, SequencePools, group_ids
+from seqpack_jax.planning.over_length import (
+    OverLength,
+    OverLengthReport,
+    apply_to_lengths,
+    as_policy,
+)
 from seqpack_jax.planning.packers import ALGORITHMS, pack_length_histogram
 from seqpack_jax.planning.plan import PackingPlan
-from seqpack_jax.planning.stats import PackingStats
+from seqpack_jax.planning.vectors import VectorPlan, pack_vectors
 
 __all__ = ["PackedSource", "pack_dataset"]
 
-
-_BLOCK_ROWS = 1024  # rows of this process whose bins are drawn at once, when read in order
-
-
-class _Drawn(NamedTuple):
-    """Bins of some consecutive items: item `k` has the bins `firsts[k]` to `firsts[k + 1]`."""
-
-    block: tuple[int, int]  # epoch, and number of the block in it
-    bins: Bins
-    planned: NDArray[np.int32]
-    firsts: list[int]
-
-
-class PackedSource:
-    """A Grain random-access source of packed rows, or of whole batches, over several epochs.
-
-    Works as `grain.MapDataset.source(...)` and as the `data_source` of a `grain.DataLoader`, with
-    or without worker processes, and without Grain as a plain sequence.  Items are pure functions of
-    the arguments and the index, so any loader over it resumes exactly.
-
-    Rows are dealt to processes step by step: of the `count * batch_size` rows of a step, process
-    `index` takes the `index`-th run of `batch_size`, which is the order in which
-    `jax.make_array_from_process_local_data` puts them together.
-
-    Args:
-        plan: from `pack_length_histogram`.
-        pools: the ids of each length, from `length_histogram_from_lengths`; their over-length
-            policy acts on the tokens.
-        sequences: a `FlatSequences`, or anything whose `[id]` is a 1-D array of integers; ids are
-            those of the pools, any integers.
-        seed: seeds the pairings and the order of the rows; any int.
-        epochs: how often each sequence comes; each epoch pairs sequences anew.
-        batch_size: rows per item, as arrays `[batch_size, max_seq_len]`; None for single rows,
-            `[max_seq_len]`, that a Grain `batch` puts together.
-        shard: `(index, count)` of this process, or a `grain.sharding.ShardOptions`.  Shard here,
-            not in Grain's sampler, which would deal whole epochs to different processes.
-        remainder: `"pad"` fills the last step of an epoch with empty rows, `"drop"` leaves out the
-            rows that do not fill a step (other ones each epoch).
-        shuffle: False keeps the rows in the order of the plan.
-        pad_value: the token on padding.
-
-    Raises:
-        SeqpackError: the pools do not fit the plan, an argument is out of range, or `"drop"` would
-            leave no step at all.
-
-    Example:
-        >>> sequences = [np.arange(1, n + 1) for n in (7, 5, 5, 3, 2)]
-        >>> source = pack_dataset(sequences, max_seq_len=8, batch_size=2, seed=0, epochs=2)
-        >>> len(source), source.steps_per_epoch, source[0]["tokens"].shape
-        (4, 2, (2, 8))
-    """
-
-    def __init__(
-        self,
-        plan: PackingPlan,
-        pools: SequencePools,
-        sequences: SequenceSource,
-        *,
-        seed: int = 0,
-        epochs: int = 1,
-        batch_size: int | None = None,
-        shard: tuple[int, int] = (0, 1),
-        remainder: str = "pad",
-        shuffle: bool = True,
-        pad_value: int = 0,
-    ) -> None:
-        caller = "PackedSource"
-        self.plan, self.pools, self.sequences = plan, pools, sequences
-        self.seed = check_int(caller, "seed", seed)
-        self.epochs = check_int(caller, "epochs", epochs, 1)
-        self.batch_size = (
-            None if batch_size is None else check_int(caller, "batch_size", batch_size, 1)
-        )
-        self.shard = _check_shard(caller, shard)
-        self.remainder = check_choice(caller, "remainder", remainder, ("pad", "drop"))
-        self.shuffle = bool(shuffle)
-        self.pad_value = check_int(caller, "pad_value", pad_value, -(2**31), 2**31 - 1)
-        self._first = materialize_epoch(plan, pools, seed=self.seed, shuffle=self.shuffle)
-        self._digest = plan.digest()
-        self._drawn: _Drawn | None = None  # the block that was drawn last
-        self._touched: tuple[int, int] | None = None  # the block of the item that was drawn last
-        if plan.num_bins == 0:
-            dropped = pools.report.sequences
-            left = f" left: all {dropped} were over-length and dropped" if dropped else ""
-            fail(caller, f"there are no sequences{left}", "pass at least one that fits a row")
-        rows = self._rows_per_step
-        whole, rest = divmod(plan.num_bins, rows)
-        self.steps_per_epoch: int = whole + (rest > 0 and remainder == "pad")
-        if self.steps_per_epoch == 0:
-            fail(
-                caller,
-                f"the plan has {plan.num_bins} rows, a step takes {rows}: no step is left",
-                "lower batch_size, or use remainder='pad'",
-            )
-
-    @property
-    def _rows_per_step(self) -> int:
-        return self.shard[1] * (self.batch_size or 1)
-
-    @property
-    def stats(self) -> PackingStats:
-        """Figures of one epoch over all shards, what the policy touched among them.
-
-        Time: O(size of the plan).
-        """
-        return PackingStats.from_plan(
-            self.plan, rows_per_step=self._rows_per_step, report=self.pools.report
-        )
-
-    def __len__(self) -> int:
-        """Items over all epochs, the same for every shard."""
-        return self.epochs * self.steps_per_epoch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return item `index` of this shard: `tokens`, `segment_ids` and `positions`, int32."""
-        index = check_int("PackedSource", "index", index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        drawn, item = self._draw(index)
-        begin, end = drawn.firsts[item : item + 2]
-        offsets = drawn.bins.offsets[begin : end + 1]
-        held = slice(offsets[0], offsets[-1])
-        caller, plan, pools = "PackedSource", self.plan, self.pools
-        arrays, first_positions = fetch_sequences(
-            caller,
-            self.sequences,
-            drawn.bins.ids[held],
-            drawn.planned[held],
-            plan.max_seq_len,
-            over_length=pools.over_length,
-            pieces=pools.pieces,
-            key=drawn.bins.key,
-            tolerance=plan.tolerance,
-        )
-        rows, offsets = self.batch_size or 1, offsets - offsets[0]
-        named = fill_rows(
-            caller, arrays, offsets, rows, plan.max_seq_len, self.pad_value, first_positions
-        ).asdict()
-        return named if self.batch_size else {name: array[0] for name, array in named.items()}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def _draw(self, index: int) -> tuple[_Drawn, int]:
-        """Return drawn bins, and which item of them `index` is.
-
-        Drawing a thousand rows costs hardly more than drawing one.  So the second item that is read
-        of a block draws the block; items read in no order are drawn one by one.
-        """
-        epoch, step = divmod(index, self.steps_per_epoch)
-        size = max(1, _BLOCK_ROWS // (self.batch_size or 1))  # items
-        number, item = divmod(step, size)
-        drawn = self._drawn  # one read: other threads may put another block there
-        if drawn is not None and drawn.block == (epoch, number):
-            return drawn, item
-        if self._touched != (epoch, number):
-            self._touched = (epoch, number)
-            return self._draw_steps((epoch, number), range(step, step + 1)), 0
-        last = min((number + 1) * size, self.steps_per_epoch)
-        self._drawn = drawn = self._draw_steps((epoch, number), range(number * size, last))
-        return drawn, item
-
-    def _draw_steps(self, block: tuple[int, int], steps: range) -> _Drawn:
-        """Draw the bins of this shard for some steps of one epoch."""
-        rows, (shard, count) = self.batch_size or 1, self.shard
-        starts = (np.array(steps) * count + shard) * rows
-        # Rows beyond the last bin, at the end of an epoch, stay empty.
-        held = np.clip(self.plan.num_bins - starts, 0, rows)
-        index = (starts[:, None] + np.arange(rows)).reshape(-1)
-        epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
-        bins, planned = epoch.bins_and_lengths(index[index < self.plan.num_bins])
-        return _Drawn(block, bins, planned, [0, *np.cumsum(held).tolist()])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_drawn": None, "_touched": None}
-
-    def __repr__(self) -> str:
-        """Say what determines the items; Grain compares this when it restores a checkpoint."""
-        return (
-            f"PackedSource(plan={self._digest}, rows={self.plan.num_bins}, "
-            f"max_seq_len={self.plan.max_seq_len}, seed={self.seed}, epochs={self.epochs}, "
-            f"batch_size={self.batch_size}, shard={self.shard}, remainder={self.remainder!r}, "
-            f"shuffle={self.shuffle}, pad_value={self.pad_value}, "
-            f"over_length={self.pools.over_length}, permutation={PERMUTATION_VERSION})"
-        )
-
-
-def _check_shard(caller: str, shard: Any) -> tuple[int, int]:
-    if hasattr(shard, "shard_index"):  # grain.sharding.ShardOptions
-        shard = (shard.shard_index, shard.shard_count)
-    if not isinstance(shard, tuple | list) or len(shard) != 2:
-        fail(caller, f"shard = {shard!r}", "pass shard=(index of this process, processes)")
-    count = check_int(caller, "shard[1]", shard[1], 1)
-    return check_int(caller, "shard[0]", shard[0], 0, count - 1), count
+_BLOCK = 1 << 12  # records that are read at once to ask for their lengths
 
 
 def pack_dataset(
     sequences: Any,
-    max_seq_len: int,
+    max_seq_len: int | Mapping[str, int],
     *,
-    lengths: ArrayLike | None = None,
+    lengths: ArrayLike | Callable[[Any], Any] | None = None,
     batch_size: int | None,
-    seed: int = 0,
-    epochs: int = 1,
     algorithm: str = "best_fit_decreasing",
     max_segments: int | None = None,
     tolerance: int = 1,
     over_length: str | OverLength = "error",
-    shard: tuple[int, int] = (0, 1),
-    remainder: str = "pad",
-    shuffle: bool = True,
-    pad_value: int = 0,
+    feature: str = "tokens",
+    **options: Any,
 ) -> PackedSource:
     """Plan a data set and return a Grain source of its packed batches: the one-call form.
+
+    Records without tokens are left out, and counted in `source.empty_records`.
 
     Time: O(n) once; nothing is packed until an item is read.
 
     Args:
         sequences: a `FlatSequences`, or anything with `len()` whose `[id]` is a 1-D array of
-            integers: a list of arrays, a memory map, a table.
-        max_seq_len: tokens per row.
-        lengths: integers `[n]`, tokens of each sequence; None to ask each sequence for its `len`.
+            integers: a list of arrays, a memory map, a table; or a record of several features.
+        max_seq_len: tokens per row; or `{feature: tokens per row}` for several features with
+            lengths of their own, of which a row must hold all.
+        lengths: integers `[n]`, tokens of each sequence, or `[n, k]` for `k` capacities; a function
+            of a record that returns them; None to ask each sequence for its `len`.
         batch_size: rows per batch of this process; None for single rows.
-        seed: seeds the pairings and the order of the rows.
-        epochs: how often each sequence comes.
-        algorithm: see `pack_length_histogram`.
+        algorithm: see `pack_length_histogram`; `pack_vectors` plans several capacities.
         max_segments: the most sequences in a row, None for no cap.
         tolerance: see `pack_length_histogram`.
         over_length: what becomes of sequences over `max_seq_len`: an `OverLength`, or the name of
             its action: `"error"`, `"drop"`, `"truncate"`, `"truncate_left"`, `"crop"` (a random
-            window per epoch) or `"split"`.
-        shard: see `PackedSource`, as are the arguments below.
-        remainder: `"pad"` or `"drop"`.
-        shuffle: False keeps the rows in the order of the plan.
-        pad_value: the token on padding.
+            window per epoch) or `"split"`; the last two for a single capacity.
+        feature: the feature of records that `max_seq_len` is of, if it is one number.
+        **options: those of `PackedSource`: `seed`, `epochs`, `shard`, `remainder`, `shuffle`,
+            `zones`, `multiple_of`, `pad_value`, `meta_features`, `metadata`, `key_style`,
+            `transform`, `bos_id`, `eos_id`, `read_threads`.  The plan counts BOS and EOS.
 
     Returns:
         A `PackedSource`.
@@ -274,42 +80,216 @@ def pack_dataset(
         >>> source = pack_dataset(sequences, 4, batch_size=3, over_length="split", shuffle=False)
         >>> source[0]["segment_ids"].tolist()
         [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 2, 2]]
+
+        A transform gets a generator of the sequence, whatever row it comes in:
+
+        >>> def mask(record, rng):
+        ...     masked = rng.random(len(record["tokens"])) < 0.5
+        ...     return {"tokens": np.where(masked, 0, record["tokens"]), "labels": record["tokens"]}
+        >>> records = [{"tokens": np.arange(1, 5)}, {"tokens": np.arange(5, 8)}]
+        >>> source = pack_dataset(records, 8, batch_size=1, transform=mask, eos_id=9)
+        >>> source[0]["tokens"].tolist(), source[0]["labels"].tolist()
+        ([[5, 0, 7, 9, 0, 0, 0, 0]], [[5, 6, 7, 0, 0, 0, 0, 0]])
+    """
+    caller = "pack_dataset"
+    names = {name: options[name] for name in ("multiple_of", "pad_value") if name in options}
+    features = make_features(
+        caller, max_seq_len, feature=feature, max_segments=max_segments, **names
+    )
+    extra = make_ends(caller, features, options.get("bos_id"), options.get("eos_id")).extra(
+        features
+    )
+    threads = check_int(caller, "read_threads", options.get("read_threads", 4), 1)
+    # Of what comes once per sequence, the width is known when there is a plan.
+    once: Any = {"max_segments": 1, "meta_features": tuple(options.get("meta_features", ()))}
+    plan, pools, empty = _plan(
+        caller,
+        _lengths_of(caller, sequences, replace(features, **once), lengths, threads),
+        features,
+        extra=extra,
+        policy=as_policy(caller, over_length),
+        algorithm=algorithm,
+        tolerance=tolerance,
+    )
+    source = PackedSource(
+        plan,
+        pools,
+        sequences,
+        batch_size=batch_size,
+        feature=feature if features.tokens_only else features.names,
+        max_segments=max_segments,
+        **options,
+    )
+    source.empty_records = empty
+    return source
+
+
+class _Planned(NamedTuple):
+    """A plan of records, the pools of their ids, and how many records were empty."""
+
+    plan: PackingPlan | VectorPlan
+    pools: SequencePools
+    empty: int
+
+
+def _lengths_of(
+    caller: str, records: Any, features: Features, lengths: Any, threads: int = 1
+) -> Int64:
+    """Return the tokens of each record in each capacity: int64 `[n, c]`.
+
+    Time: O(n); each record is read once, unless lengths are given as an array.
+
+    Args:
+        caller: the public function that an error shall name.
+        records: of `features`, or bare arrays.
+        features: which of them have a capacity.
+        lengths: integers `[n]` or `[n, c]`; a function of a record that returns an int or a tuple;
+            None for what the records say themselves.
+        threads: see `read_records`.
+    """
+    if lengths is not None and not callable(lengths):
+        return _given(caller, records, features, lengths)
+    if lengths is None and isinstance(records, FlatSequences):
+        return records.lengths[:, None]
+    try:
+        size = len(records)
+        measure = lengths or _measure_of(caller, features, records[0] if size else ())
+        if isinstance(records, list | tuple):
+            found = list(map(measure, records))
+        else:
+            blocks = (np.arange(a, min(a + _BLOCK, size)) for a in range(0, size, _BLOCK))
+            read = (read_records(caller, records, block, threads) for block in blocks)
+            found = [length for block in read for length in map(measure, block)]
+        array = np.array(found, np.int64)
+    except (TypeError, KeyError) as error:
+        problem = f"the lengths of sequences cannot be counted ({error!r})"
+        fail(caller, problem, "pass a list of arrays or of records, FlatSequences, or lengths=...")
+    return _given(caller, records, features, array)
+
+
+def _measure_of(caller: str, features: Features, first: Any) -> Callable[[Any], Any]:
+    """Return a function that counts the tokens of records that are like the first one."""
+    named = isinstance(first, Mapping) or hasattr(first, "_fields")
+    nested = isinstance(first, tuple) and any(np.ndim(entry) for entry in first)
+    if features.tokens_only and not named and not nested:
+        return len
+    return lambda record: features.lengths(features.read(caller, "a record", record))
+
+
+def _given(caller: str, records: Any, features: Features, lengths: Any) -> Int64:
+    shape, columns = np.shape(lengths), len(features.names)
+    hint = "pass integers [n]" if columns == 1 else f"pass integers [n, {columns}]"
+    if len(shape) == 1 and columns == 1:
+        lengths, shape = np.asarray(lengths)[:, None], (*shape, 1)
+    if len(shape) != 2 or (shape[1] != columns and shape[0]):
+        problem = f"lengths has shape {shape} for {columns} capacities"
+        fail(caller, problem, f"{hint}: the tokens of each sequence in {', '.join(features.names)}")
+    if hasattr(records, "__len__") and len(records) != shape[0]:
+        problem = f"there are {shape[0]} lengths, but {len(records)} sequences"
+        fail(caller, problem, "pass one length per sequence")
+    array = np.asarray(lengths)
+    if array.size and array.dtype.kind not in "iu":
+        fail(caller, f"lengths has dtype {array.dtype}, not an integer dtype", hint)
+    if array.size and int(array.min()) < 0:
+        at = tuple(int(i) for i in np.argwhere(array < 0)[0])
+        fail(caller, f"lengths[{at[0]}] = {array[at]}, but a length is at least 0", hint)
+    return array.astype(np.int64, copy=False).reshape(-1, columns)
+
+
+def _plan(
+    caller: str,
+    lengths: Int64,
+    features: Features,
+    *,
+    extra: tuple[int, ...],
+    policy: OverLength,
+    algorithm: str,
+    tolerance: int,
+) -> _Planned:
+    """Plan records of these lengths, less those that are empty.
+
+    Time: O(n), and that of the planner.
+
+    Args:
+        caller: the public function that an error shall name.
+        lengths: int64 `[n, c]`, the tokens of each record in each capacity.
+        features: their capacities, and the most segments of a row.
+        extra: tokens that each sequence gets beside its own, in each capacity.
+        policy: what becomes of those over a capacity.
+        algorithm: of `pack_length_histogram`, for a single capacity.
+        tolerance: see `pack_length_histogram`.
     """
     if algorithm not in ALGORITHMS:
         problem = f"algorithm = {algorithm!r} is not a planner"
         hint = f"choose one of {', '.join(ALGORITHMS)}; pack_sequences has next_fit"
-        fail("pack_dataset", problem, hint)
-    if lengths is None:
-        lengths = _measure(sequences)
-    elif hasattr(sequences, "__len__") and len(sequences) != np.size(lengths):
-        problem = f"there are {np.size(lengths)} lengths, but {len(sequences)} sequences"
-        fail("pack_dataset", problem, "pass one length per sequence")
-    counts, pools = length_histogram_from_lengths(lengths, max_seq_len, over_length=over_length)
+        fail(caller, problem, hint)
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
+    for (name, limit), more in zip(features.capacities.items(), extra, strict=True):
+        if more >= limit:
+            problem = f"max_seq_len = {limit} of {name!r} leaves no room beside {more} tokens"
+            fail(caller, f"{problem} of bos_id and eos_id", "raise max_seq_len")
+    empty: NDArray[np.bool_] = np.logical_not(lengths.any(axis=1))
+    if not features.single:
+        if tolerance != 1 or algorithm != "best_fit_decreasing":
+            problem = f"several capacities, with algorithm = {algorithm!r}, tolerance = {tolerance}"
+            fail(caller, problem, "leave both out: they are for a single capacity")
+        return _plan_vectors(caller, lengths + np.array(extra), empty, features, policy)
+    (max_seq_len,) = features.capacities.values()
+    only = lengths[:, 0]
+    if empty.any():
+        only = np.where(empty, 1, only)
+    planned = apply_to_lengths(caller, policy, only, max_seq_len, extra_tokens=extra[0])
+    if empty.any():
+        planned.lengths[empty] = 0
+    counts, ids = group_ids(planned.of_ids)
+    pools = SequencePools(ids, offsets_of(counts), planned.pieces, policy, planned.report)
+    # Lengths that are planned as multiples of the alignment leave room for the gaps.
+    tolerance = features.planned(tolerance)
     plan = pack_length_histogram(
-        counts, max_seq_len, algorithm=algorithm, max_segments=max_segments, tolerance=tolerance
+        counts,
+        max_seq_len,
+        algorithm=algorithm,
+        max_segments=features.max_segments,
+        tolerance=tolerance,
     )
-    return PackedSource(
-        plan,
-        pools,
-        sequences,
-        seed=seed,
-        epochs=epochs,
-        batch_size=batch_size,
-        shard=shard,
-        remainder=remainder,
-        shuffle=shuffle,
-        pad_value=pad_value,
-    )
+    return _Planned(plan, pools, int(np.count_nonzero(empty)))
 
 
-def _measure(sequences: Any) -> NDArray[np.int64]:
-    """Ask each sequence for its length."""
-    if isinstance(sequences, FlatSequences):
-        return sequences.lengths
-    try:
-        known = isinstance(sequences, list | tuple)
-        each = sequences if known else (sequences[i] for i in range(len(sequences)))
-        return np.fromiter(map(len, each), np.int64, len(sequences))
-    except TypeError as error:
-        problem = f"the lengths of sequences cannot be counted ({error})"
-        fail("pack_dataset", problem, "pass a list of arrays, FlatSequences, or lengths=...")
+def _plan_vectors(
+    caller: str,
+    lengths: Int64,
+    empty: NDArray[np.bool_],
+    features: Features,
+    policy: OverLength,
+) -> _Planned:
+    limits = np.array(list(features.capacities.values()))
+    over = (lengths > limits) & ~empty[:, None]
+    long = np.logical_or.reduce(over, axis=1)
+    report = OverLengthReport(policy.action)
+    keep, cut = ~empty, np.minimum(lengths, limits)
+    if policy.action in ("crop", "split"):
+        problem = f"over_length = {policy.action!r} with several capacities"
+        fail(caller, problem, "choose one of error, drop, truncate, truncate_left")
+    if policy.action == "error" and long.any():
+        i, c = map(int, np.argwhere(over)[0])
+        problem = f"lengths[{i}] = {lengths[i, c]} of {features.names[c]!r}, but max_seq_len is"
+        more = f"{np.count_nonzero(long)} of {len(long)} records are over it"
+        hint = OVER_LENGTH_HINT.replace(", 'truncate', 'crop' or 'split'", " or 'truncate'")
+        fail(caller, f"{problem} {limits[c]} ({more})", hint)
+    if long.any():
+        tokens, kept = int(lengths[long].sum()), 0
+        if policy.action == "drop":
+            keep &= ~long
+        else:
+            kept = int(cut[long].sum())
+        report = OverLengthReport(
+            policy.action, int(np.count_nonzero(long)), tokens, dropped_tokens=tokens - kept
+        )
+    ids = np.flatnonzero(keep)
+    plan, pools = pack_vectors(
+        features.planned(cut[ids]),
+        limits.tolist(),
+        max_segments=features.max_segments,
+    )
+    pools = replace(pools, ids=ids[np.asarray(pools.ids)], over_length=policy, report=report)
+    return _Planned(plan, pools, int(np.count_nonzero(empty)))

@@ -6,6 +6,7 @@ open in milliseconds; `verify_prepared` reads the rest too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from seqpack_jax.feeding.manifest import (
     IdCoding,
     PreparationParameters,
     ShardEntry,
+    canonical,
     first_piece_id,
     make_manifest,
     parse_manifest,
@@ -179,7 +181,20 @@ def load_prepared(
         fail(_CALLER, f"{root / COUNTS} does not count what the pools hold", AGAIN)
     plan = _load_plan(root / TEMPLATES, parameters, total)
     _check_figures(manifest, make_manifest(parameters, shards, files, plan), where)
-    return Prepared(manifest, counts, plan, _join(parameters, shards, arrays, total))
+    pools = _join(parameters, shards, arrays, total)
+    pools.__dict__["_digest"] = _pools_digest(shards, files)
+    return Prepared(manifest, counts, plan, pools)
+
+
+def _pools_digest(shards: Sequence[ShardEntry], files: Mapping[str, FileEntry]) -> str:
+    """Return the digest of the pools: of checksums, so that a billion ids need not be read.
+
+    It does not depend on the plan, nor on the names of the input.
+    """
+    spans = [(shard.rows, shard.id_range) for shard in shards]
+    sums = sorted((name, files[name].sha256) for name in files if name.startswith(f"{POOLS}/"))
+    text = canonical(["pools", first_piece_id(shards), spans, sums])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Grouped(NamedTuple):

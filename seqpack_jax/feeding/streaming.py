@@ -1,276 +1,304 @@
 """Packing a stream whose lengths are not known beforehand.
 
-A batch takes a *prefix* of the stream: the longest that best fit decreasing places in its rows.  So
-no record waits for a later batch, and where the stream stands says all there is to know.
+A *group* of rows takes a *prefix* of the stream: the longest that best fit decreasing places in its
+rows.  So no record waits for a later group, none moves further than the records of its group reach,
+and where the stream stands says all there is to know.
 """
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate, islice
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import fail
-from seqpack_jax.feeding.batch import PackedBatch, fill_rows
-from seqpack_jax.feeding.sequences import CUTTING, cut_windows
+from seqpack_jax.feeding.features import Features
+from seqpack_jax.feeding.layout import round_up
+from seqpack_jax.feeding.prefixes import longest_prefix, longest_vector_prefix
+from seqpack_jax.permutation import seed_from_components
 from seqpack_jax.planning.over_length import (
     OverLength,
     OverLengthReport,
     apply_to_lengths,
+    window_starts,
 )
 
-__all__ = ["PackingIterator", "longest_prefix"]
+__all__ = ["Group", "StreamPacker", "StreamSettings", "check_policy"]
 
-_LOG = logging.getLogger(__name__)
-
-
-def longest_prefix(
-    lengths: Sequence[int], max_seq_len: int, rows: int, ends: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Pack the longest prefix of a stream that best fit decreasing places in `rows` rows.
-
-    The search starts at the volume bound (the most segments whose tokens fit at all), doubles its
-    steps down to a prefix that fits, and bisects between.  It is deterministic.
-
-    Time: O(r log r) for `r` segments, a few times over.
-
-    Args:
-        lengths: tokens of the next segments, each in `[1, max_seq_len]`.
-        max_seq_len: tokens per row.
-        rows: rows of a batch, at least 1.
-        ends: where a prefix may end, rising, each the number of segments before it: what lies
-            between two of them, the pieces of one record, stays together.  None for anywhere.
-
-    Returns:
-        At most `rows` rows, each the indices of its segments, longest first.  Together they are the
-        first `sum(map(len, result))` segments; none only if there are none, or if those up to the
-        first of `ends` do not fit.
-
-    Example:
-        >>> longest_prefix([6, 3, 5, 4, 4, 9], max_seq_len=10, rows=2)
-        [[0, 3], [2, 1]]
-        >>> longest_prefix([6, 3, 5, 4, 4, 9], max_seq_len=10, rows=2, ends=[2, 3, 5, 6])
-        [[0, 1], [2]]
-    """
-    totals = list(accumulate(lengths))
-    sizes = [0, *(range(1, len(lengths) + 1) if ends is None else ends)]
-    # Prefixes are counted by their place in `sizes`.
-    best = bisect_right(sizes, rows * max_seq_len, 1, key=lambda size: totals[size - 1]) - 1
-    step, fails = 1, best + 1
-    packed = _best_fit(lengths, sizes[best], max_seq_len, rows)
-    while packed is None:
-        fails, best = best, max(0, best - step)
-        packed, step = _best_fit(lengths, sizes[best], max_seq_len, rows), 2 * step
-    while fails - best > 1:
-        middle = (best + fails) // 2
-        attempt = _best_fit(lengths, sizes[middle], max_seq_len, rows)
-        if attempt is None:
-            fails = middle
-        else:
-            best, packed = middle, attempt
-    return packed
+_SHUFFLE = 0x726F7773  # keeps the order of rows apart from other uses of a seed
+_Window = tuple[tuple[int, ...], tuple[int, ...]]  # starts and stops, of each capacity
 
 
-def _best_fit(
-    lengths: Sequence[int], size: int, max_seq_len: int, rows: int
-) -> list[list[int]] | None:
-    """Best fit decreasing of `lengths[:size]`, None when it needs more than `rows` rows."""
-    packed: list[list[int]] = []
-    by_room: dict[int, list[list[int]]] = {}  # tokens of room -> rows with that room
-    in_use = 0  # bit mask of the rooms
-    for index in sorted(range(size), key=lengths.__getitem__, reverse=True):
-        length = lengths[index]
-        fitting = in_use >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            group = by_room[room]
-            row = group.pop()
-            row.append(index)
-            if not group:
-                in_use ^= 1 << room
-        elif len(packed) == rows:
-            return None
-        else:
-            room = max_seq_len
-            row = [index]
-            packed.append(row)
-        room -= length
-        by_room.setdefault(room, []).append(row)
-        in_use |= 1 << room
-    return packed
-
-
-class PackingIterator:
-    """One pass over the records of a Grain iterator, packed into batches.
-
-    It also answers for the position of `parent`, which reads ahead: whoever asks `parent` for its
-    state gets the one before the first record that is not in a batch yet.
+@dataclass(frozen=True)
+class StreamSettings:
+    """All that decides what a packer makes of a stream; its repr is stable.
 
     Attributes:
-        report: what the over-length policy touched in the records that were read, since the start
-            or the last `set_state`.
-
-    Args:
-        parent: an iterator over `grain.Record`s, with `get_state` and `set_state` inside a loader.
-        max_seq_len: tokens per row.
-        rows: rows per batch.
-        feature: which entry of a record is packed.
-        pad_value: the token on padding.
-        over_length: the policy for records of more than `max_seq_len` tokens.
-        seed: with the index of a record, selects the window of `"crop"`.
+        caller: the public name, for errors and the log.
+        features: what is packed of a record, and how.
+        rows: rows of a group.
+        batch_size: rows of a batch, None for single rows.
+        over_length: the policy for records that are over a capacity.
+        seed: selects the windows of `"crop"` and the order of rows.
+        shuffle: whether the rows of a group are shuffled.
+        max_segments: the most segments in a row, None for no cap.
+        multiples: of each capacity, what every segment starts at a multiple of; None for 1.
+        group_by: rows are ordered by the mean of the distinct values of this feature in them.
     """
 
-    def __init__(
-        self,
-        parent: Any,
-        max_seq_len: int,
-        rows: int,
-        feature: str,
-        pad_value: int,
-        over_length: OverLength,
-        seed: int,
-    ) -> None:
-        self._parent = parent
-        self._max_seq_len, self._rows = max_seq_len, rows
-        self._feature, self._pad_value = feature, pad_value
-        self._over_length, self._seed = over_length, seed
-        self._start_over()
-        # A plain iterator, outside of a loader, has no state to answer for.
-        self._reader_state: Callable[[], Any] = getattr(parent, "get_state", lambda: None)
-        if hasattr(parent, "set_state"):
-            self._set_reader_state = parent.set_state
-            parent.get_state, parent.set_state = self._get_state, self._set_state
+    caller: str
+    features: Features
+    rows: int
+    batch_size: int | None
+    over_length: OverLength
+    seed: int
+    shuffle: bool
+    max_segments: int | None
+    multiples: tuple[int, ...] | None = None
+    group_by: str | None = None
 
-    def _start_over(self) -> None:
-        # What is read but in no batch yet, one entry per segment: state before its record, record,
-        # tokens of the record, where the segment starts and stops in them (or in their window).
-        self._waiting: deque[tuple[Any, Any, NDArray[Any], int, int]] = deque()
-        self._tokens_waiting = 0
-        self._said = False  # whether the end was logged
-        self.report = OverLengthReport(self._over_length.action)
 
-    def _get_state(self) -> Any:
-        return self._waiting[0][0] if self._waiting else self._reader_state()
+def check_policy(caller: str, policy: OverLength, capacities: Mapping[str, int]) -> None:
+    """Raise unless an over-length policy suits features of these capacities."""
+    if len(capacities) == 1:
+        policy.check(caller, *capacities.values())
+    elif policy.action in ("crop", "split"):
+        problem = f"over_length is {policy.action!r}, but {len(capacities)} features have their own"
+        hint = "choose one of error, drop, truncate, truncate_left, which act on each by itself"
+        fail(caller, f"{problem} lengths", hint)
 
-    def _set_state(self, state: Any) -> None:
-        self._start_over()
-        self._set_reader_state(state)
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
+class Group(NamedTuple):
+    """The rows of one prefix of the stream.
 
-    def __next__(self) -> Any:
-        rows, max_seq_len = self._rows, self._max_seq_len
-        self._read(rows * max_seq_len)
-        if not self._waiting:
-            self._say_report()
-            raise StopIteration
-        lengths = [stop - start for _, _, _, start, stop in self._waiting]
-        ends = None
-        if self._over_length.action == "split":  # a batch ends between records
-            firsts = [k for k, entry in enumerate(self._waiting) if entry[3] == 0]
-            ends = [*firsts[1:], len(lengths)]
-        packed = longest_prefix(lengths, max_seq_len, rows, ends)
-        size = sum(map(len, packed))
-        taken = list(islice(self._waiting, size))
-        batch = self._fill(taken, packed)
-        for _ in range(size):  # only now: an error above loses nothing
-            self._waiting.popleft()
-        self._tokens_waiting -= sum(lengths[:size])
-        last = taken[-1][1]
-        return replace(last, metadata=last.metadata.remove_record_key(), data=batch.asdict())
+    Attributes:
+        records: of each segment, in the order of the stream.
+        ids: of each segment, the index of its record.
+        firsts: of each segment, where it starts in its record, if positions go on from there.
+        rows: the indices of the segments of each row.
+    """
 
-    def _fill(self, taken: list[Any], packed: list[list[int]]) -> PackedBatch:
-        """Lay out segments in rows, and do to their tokens what the policy says."""
-        policy, first_positions = self._over_length, None
-        order = [index for row in packed for index in row]
-        arrays = [entry[2] for entry in taken]
-        if policy.action in CUTTING:
-            have = np.array(list(map(len, arrays)), np.int64)
-            index = np.array([record.metadata.index for _, record, *_ in taken], np.int64)
-            cut_windows(policy, arrays, have, self._max_seq_len, index, self._seed)
-        elif policy.action == "split":
-            arrays = [tokens[start:stop] for _, _, tokens, start, stop in taken]
-            if policy.positions == "continue":
-                first_positions = np.array([taken[index][3] for index in order], np.int64)
-        return fill_rows(
-            "PackOperation",
-            [arrays[index] for index in order],
-            offsets_of([len(row) for row in packed]),
-            self._rows,
-            self._max_seq_len,
-            self._pad_value,
-            first_positions,
-        )
+    records: list[dict[str, Any]]
+    ids: list[int]
+    firsts: list[int] | None
+    rows: list[list[int]]
 
-    def _read(self, volume: int) -> None:
-        """Read on until the records that wait hold more tokens than a batch, or the stream ends."""
-        while self._tokens_waiting <= volume:
-            state = self._reader_state()
-            try:
-                record = next(self._parent)
-            except StopIteration:
-                return
-            tokens = self._check(record)
-            segments = [(0, len(tokens))]
-            if len(tokens) > self._max_seq_len:
-                segments = self._plan(record, len(tokens))
-            for start, stop in segments:
-                self._waiting.append((state, record, tokens, start, stop))
-                self._tokens_waiting += stop - start
+    def fill(self, settings: StreamSettings, start: int, stop: int, rows: int) -> dict[str, Any]:
+        """Return rows `[start, stop)` as a batch of `rows` rows, the last of them empty."""
+        features, caller = settings.features, settings.caller
+        held = self.rows[start:stop]
+        order = [index for row in held for index in row]
+        ids = firsts = None
+        if features.metadata:
+            ids = np.array([self.ids[k] for k in order], np.int64)
+        if self.firsts is not None:
+            firsts = np.array([self.firsts[k] for k in order], np.int64)
+        records = [self.records[k] for k in order]
+        columns = features.columns(caller, records, lambda k: f"record {self.ids[order[k]]}")
+        offsets = offsets_of(list(map(len, held)))
+        return features.pack(caller, columns, offsets, rows, ids=ids, first_positions=firsts)
 
-    def _check(self, record: Any) -> NDArray[Any]:
-        caller = "PackOperation"
-        name = f"record {record.metadata.index}"
-        if not isinstance(record.data, dict) or self._feature not in record.data:
-            fail(
-                caller,
-                f"{name} has no feature {self._feature!r}",
-                "name the entry of the records that holds their tokens: feature=...",
-            )
-        tokens = np.asarray(record.data[self._feature])
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            fail(
-                caller,
-                f"{name} has shape {tokens.shape} and dtype {tokens.dtype}",
-                "pack 1-D arrays of integers",
-            )
-        if len(tokens) == 0:
-            problem = f"{name} has 0 tokens, but a length is in [1, {self._max_seq_len}]"
-            fail(caller, problem, "filter empty records before this operation")
-        return tokens
 
-    def _plan(self, record: Any, length: int) -> list[tuple[int, int]]:
-        """Return the segments of an over-length record, none if it is dropped; count it."""
-        caller, policy, limit = "PackOperation", self._over_length, self._max_seq_len
-        name = f"record {record.metadata.index} has {length} tokens"
+class StreamPacker:
+    """Records that are in no batch yet, what the over-length policy did to them, and their rows.
+
+    Attributes:
+        ids: of each segment that waits, the index of its record.
+        full: whether more segments wait than a group can hold, so that it can be planned.
+        counts: of records that were added: how many were empty; then how many were over-length,
+            their tokens, and so on, as in `OverLengthReport`.
+
+    Example:
+        >>> from seqpack_jax.feeding.features import make_features
+        >>> settings = StreamSettings(
+        ...     "f", make_features("f", 8), 2, 2, OverLength(), 0, False, None
+        ... )
+        >>> packer = StreamPacker(settings)
+        >>> for index, length in enumerate([5, 3, 0, 4, 6]):
+        ...     packer.add(np.arange(length), index)
+        >>> packer.full, packer.counts[0], packer.take_group(0).rows
+        (True, 1, [[0, 1], [2]])
+    """
+
+    def __init__(self, settings: StreamSettings, counts: Sequence[int] = (0,) * 6) -> None:
+        self.settings = settings
+        self.counts = list(counts)
+        self.ids: list[int] = []
+        self._records: list[dict[str, Any]] = []
+        self._lengths: list[Any] = []  # as they count in a row: ints, or tuples of several
+        going_on = settings.over_length.positions == "continue"
+        self._firsts: list[int] | None = [] if going_on else None
+        self._capacities = tuple(settings.features.capacities.values())
+        self._limit = self._capacities[0] if len(self._capacities) == 1 else 0
+        self._lead = next(iter(settings.features.capacities))
+        multiples = settings.multiples
+        self._multiples = multiples if multiples and max(multiples) > 1 else None
+        # Up to this length nothing is to be done with records of one length.
+        self._plain = 0 if going_on or self._multiples else self._limit
+        self._most = settings.rows * settings.max_segments if settings.max_segments else 2**62
+        self._key = seed_from_components(settings.seed, _SHUFFLE)
+        self._room: list[int] = []  # of a group, less all that waits
+        self.drop(0)
+
+    @property
+    def report(self) -> OverLengthReport:
+        """What the over-length policy touched in the records that were added."""
+        return OverLengthReport(self.settings.over_length.action, *self.counts[1:])
+
+    def add(self, record: Any, index: int) -> None:
+        """Read the record of an index, and let what the policy makes of it wait.
+
+        Raises:
+            SeqpackError: the record cannot be packed.  It is then as if it had not been added.
+        """
+        settings = self.settings
+        entry = settings.features.read(settings.caller, f"record {index}", record)
+        if 0 < (length := len(entry[self._lead])) <= self._plain:  # as `_append`, but faster
+            self._records.append(entry)
+            self._lengths.append(length)
+            self.ids.append(index)
+            self._room[0] -= length
+            if self._room[0] < 0 or len(self.ids) > self._most:
+                self.full = True
+            return
+        lengths = settings.features.lengths(entry)
+        if not any(lengths):
+            self.counts[0] += 1
+        elif any(map(int.__gt__, lengths, self._capacities)):
+            for starts, stops in self._windows(lengths, index):
+                cut = tuple(map(int.__sub__, stops, starts))
+                window = settings.features.window(entry, starts, stops)
+                self._append(window, cut, index, starts[0])
+        else:
+            self._append(entry, lengths, index, 0)
+
+    def _append(self, entry: dict[str, Any], lengths: tuple[int, ...], index: int, at: int) -> None:
+        if self._multiples is not None:
+            lengths = tuple(map(min, map(round_up, lengths, self._multiples), self._capacities))
+        if self._limit:
+            self._lengths.append(lengths[0])
+        else:
+            self._lengths.append(lengths)
+        self._records.append(entry)
+        self.ids.append(index)
+        self._room = list(map(int.__sub__, self._room, lengths))
+        self.full = min(self._room) < 0 or len(self.ids) > self._most
+        if self._firsts is not None:
+            self._firsts.append(at)
+
+    def _windows(self, lengths: tuple[int, ...], index: int) -> list[_Window]:
+        """Return what the policy keeps of an over-length record, and count what it does."""
+        policy, limits = self.settings.over_length, self._capacities
         if policy.action == "error":
-            hint = "pass over_length='drop', 'truncate', 'truncate_left', 'crop' or 'split'"
-            fail(caller, f"{name}, but a length is in [1, {limit}]", hint)
-        planned = apply_to_lengths(caller, policy, [length], limit)
-        segments = [(0, int(planned.lengths[0]))] if planned.lengths[0] else []
+            self._refuse(lengths, index)
+        if policy.action == "split":
+            return self._pieces(lengths[0], index)
+        if policy.action == "drop":
+            self._count(OverLengthReport(policy.action, 1, sum(lengths), sum(lengths)))
+            return []
+        stops = tuple(map(min, lengths, limits))
+        starts = (0,) * len(stops)
+        if policy.action == "truncate_left":
+            starts, stops = tuple(map(int.__sub__, lengths, stops)), lengths
+        elif policy.action == "crop":
+            have, ids = np.array(lengths, np.int64), np.array([index], np.int64)
+            start = int(window_starts(policy, have, limits[0], ids, self.settings.seed)[0])
+            starts, stops = (start,), (start + limits[0],)
+        dropped = sum(lengths) - sum(stops) + sum(starts)
+        self._count(OverLengthReport(policy.action, 1, sum(lengths), dropped))
+        return [(starts, stops)]
+
+    def _pieces(self, length: int, index: int) -> list[_Window]:
+        caller, rows = self.settings.caller, self.settings.rows
+        planned = apply_to_lengths(caller, self.settings.over_length, [length], self._limit)
+        pieces: list[_Window] = [((0,), (int(planned.lengths[0]),))]
         if planned.pieces is not None:
-            table = planned.pieces.table[:]
-            segments = [(start, stop) for start, stop in table[:, 1:3].tolist()]
-        if len(segments) > self._rows:
+            pieces = [
+                ((start,), (stop,)) for start, stop in planned.pieces.table[:][:, 1:3].tolist()
+            ]
+        if len(pieces) > rows:
             fail(
                 caller,
-                f"{name}, {len(segments)} pieces, but a batch of whole records has {self._rows} "
-                "rows",
-                "raise batch_size or max_seq_len, or split such records before this operation",
+                f"record {index} has {length} tokens, {len(pieces)} pieces, but a group of whole "
+                f"records has {rows} rows",
+                "raise batch_size, window or max_seq_len, or split such records before",
             )
-        self.report = self.report.plus(planned.report)
-        return segments
+        self._count(planned.report)
+        return pieces
 
-    def _say_report(self) -> None:
-        if not self._said and self.report.sequences:
-            _LOG.info("PackOperation: %s", self.report)
-        self._said = True
+    def _refuse(self, lengths: tuple[int, ...], index: int) -> NoReturn:
+        for (name, limit), length in zip(
+            self.settings.features.capacities.items(), lengths, strict=True
+        ):
+            if length > limit:
+                of = "" if self._limit else f" of {name!r}"
+                problem = f"record {index} has {length} tokens{of}, but a length is in [1, {limit}]"
+                actions = "'drop', 'truncate', 'truncate_left'"
+                more = ", 'crop' or 'split'" if self._limit else ""
+                fail(self.settings.caller, problem, f"pass over_length={actions}{more}")
+        raise AssertionError("no length is over its capacity")
+
+    def _count(self, report: OverLengthReport) -> None:
+        self.counts[1:] = map(int.__add__, self.counts[1:], report[1:])
+
+    def take_group(self, number: int) -> Group:
+        """Plan the next group, of a number in the stream; its segments wait until `drop`.
+
+        Returns:
+            The group; without rows if nothing waits.
+        """
+        settings, lengths = self.settings, self._lengths
+        rows: list[list[int]] = []
+        if lengths and self._limit:
+            ends = None
+            if settings.over_length.action == "split":  # a group ends between records
+                ids = np.array(self.ids)
+                ends = [*(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+            rows = longest_prefix(lengths, self._limit, settings.rows, ends, settings.max_segments)
+        elif lengths:
+            rows = longest_vector_prefix(
+                np.array(lengths), self._capacities, settings.rows, settings.max_segments
+            )
+        size = sum(map(len, rows))
+        group = Group(
+            self._records[:size],
+            self.ids[:size],
+            None if self._firsts is None else self._firsts[:size],
+            rows,
+        )
+        return group._replace(rows=_in_order(settings, group, self._key, number)) if size else group
+
+    def drop(self, size: int) -> None:
+        """Forget the first segments that wait: a group was given."""
+        for column in (self._records, self.ids, self._lengths, self._firsts):
+            if column is not None:
+                del column[:size]
+        volumes = [self.settings.rows * capacity for capacity in self._capacities]
+        each = [self._lengths] if self._limit else zip(*self._lengths, strict=True)
+        self._room = list(map(int.__sub__, volumes, map(sum, each))) if self.ids else volumes
+        self.full = min(self._room) < 0 or len(self.ids) > self._most
+
+
+def _in_order(settings: StreamSettings, group: Group, key: int, number: int) -> list[list[int]]:
+    """Return the rows of a group in the order in which they are given."""
+    rows = group.rows
+    if settings.shuffle:
+        # Of all that is random in Python, `Random.random` alone is the same in every version.
+        draw = Random(key + number).random
+        keys = [draw() for _ in rows]
+        rows = [rows[k] for k in sorted(range(len(rows)), key=keys.__getitem__)]
+    if settings.group_by is not None:
+        name = settings.group_by
+        rows = sorted(rows, key=lambda row: _mean_group(group.records[k][name] for k in row))
+    return rows
+
+
+def _mean_group(values: Iterable[Any]) -> float:
+    """Return the mean of the distinct values other than 0."""
+    distinct = np.unique(np.concatenate([np.atleast_1d(value) for value in values]))
+    number = np.count_nonzero(distinct)
+    return float(distinct.sum()) / number if number else 0.0

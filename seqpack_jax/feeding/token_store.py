@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import MappedArray, from_portable, to_portable
 from seqpack_jax.errors import SeqpackError, check_int, check_integers, fail
@@ -86,6 +86,15 @@ class KeyedSequences:
         if place == len(self.ids) or self.ids[place] != index:
             raise KeyError(index)
         return self.flat[place if self.rows is None else int(self.rows[place])]
+
+    def __getitems__(self, indices: ArrayLike) -> list[NDArray[Any]]:
+        """Return the tokens of several sequences: views (see `FlatSequences.__getitems__`)."""
+        index = np.asarray(indices, np.int64)
+        places = np.minimum(self.ids.searchsorted(index), len(self.ids) - 1)
+        missing = self.ids[places] != index if len(self.ids) else np.ones(len(index), np.bool_)
+        if missing.any():
+            raise KeyError(int(index[missing.argmax()]))
+        return self.flat.__getitems__(places if self.rows is None else self.rows[places])
 
     def __getstate__(self) -> dict[str, Any]:
         rows = None if self.rows is None else to_portable(self.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from seqpack_jax.arrays import offsets_of
-from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths
+from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths, fail
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.bounds import volume_bound
@@ -32,6 +32,8 @@ from seqpack_jax.planning.over_length import (
     as_policy,
 )
 from seqpack_jax.planning.plan import Certificate, PackingPlan
+from seqpack_jax.planning.vector_fit import check_cap, check_vectors
+from seqpack_jax.planning.vectors import VectorBins, VectorPlan, plan_vectors
 
 __all__ = [
     "ALGORITHMS",
@@ -132,7 +134,7 @@ pack_length_histogram_batched = pack_length_histogram
 
 def pack_sequences(
     lengths: ArrayLike,
-    max_seq_len: int,
+    max_seq_len: int | Sequence[int],
     *,
     algorithm: str = "best_fit_decreasing",
     max_segments: int | None = None,
@@ -145,11 +147,13 @@ def pack_sequences(
     For training over several epochs, plan once with `pack_length_histogram` and draw each epoch
     with `materialize_epoch`; this is the one-shot form.
 
-    Time: O(n) after one radix sort of the lengths.
+    Time: O(n) after one radix sort of the lengths; for `[n, k]` lengths, that of `pack_vectors`.
 
     Args:
-        lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.
-        max_seq_len: capacity of a bin in tokens.
+        lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.  For sequences of several
+            features that each have a length, `[n, k]`: a bin holds all of them.
+        max_seq_len: capacity of a bin in tokens; for `[n, k]` lengths, a tuple of `k` capacities.
+            Then there is but one algorithm, and neither tolerance nor policy.
         algorithm: as in `pack_length_histogram`, or `"next_fit"`, which keeps the input order and
             fills far less.
         max_segments: the most sequences that a bin may hold, None for no cap.
@@ -162,7 +166,7 @@ def pack_sequences(
             ids from `n` on, see `bins.pieces`; `bins.report` counts what was touched.
 
     Returns:
-        `Bins`, the ids inside a bin by falling length.
+        `Bins`, the ids inside a bin by falling length; `VectorBins` of several capacities.
 
     Raises:
         SeqpackError: a length is below 1, or over `max_seq_len` without a policy, or an argument is
@@ -176,9 +180,22 @@ def pack_sequences(
         >>> bins = pack_sequences([3, 9], max_seq_len=4, over_length="split")
         >>> bins.tolist(), bins.pieces.start.tolist(), bins.pieces.stop.tolist()
         ([[2], [3], [0, 4]], [0, 4, 8], [4, 8, 9])
+        >>> pack_sequences([[5, 1], [3, 4], [5, 4], [5, 2]], max_seq_len=(10, 6)).tolist()
+        [[2, 3], [1, 0]]
     """
+    caller = "pack_sequences"
+    if not isinstance(max_seq_len, int | np.integer) and hasattr(max_seq_len, "__iter__"):
+        for name, value, only in (
+            ("algorithm", algorithm, "best_fit_decreasing"),
+            ("tolerance", tolerance, 1),
+            ("over_length", over_length, "error"),
+        ):
+            if value != only:
+                problem = f"{name} = {value!r} with several capacities"
+                fail(caller, problem, f"leave {name} out: there it is always {only!r}")
+        return _pack_vectors(caller, lengths, max_seq_len, max_segments, seed)
     return _pack(
-        "pack_sequences",
+        caller,
         lengths,
         max_seq_len,
         algorithm,
@@ -192,7 +209,7 @@ def pack_sequences(
 def _pack(
     caller: str,
     lengths: ArrayLike,
-    max_seq_len: int,
+    max_seq_len: Any,
     algorithm: str,
     max_segments: int | None,
     tolerance: int,
@@ -214,9 +231,22 @@ def _pack(
         plan = _plan(caller, counts, max_seq_len, algorithm, max_segments, tolerance)
         if tolerance > 1:  # keep input order inside a bucket, as inside a length
             counts, ids = group_ids(coarsen_lengths(own, tolerance, max_seq_len))
-        bins = _assign(plan, ids if seed is None else _shuffled(counts, ids, seed))
+        ids = ids if seed is None else _shuffled(counts, ids, seed)
+        bins = Bins(*_assign(plan, plan.lengths, ids), max_seq_len)
     key = None if seed is None else seed_from_components(seed)
     return replace(bins, pieces=planned.pieces, over_length=policy, report=planned.report, key=key)
+
+
+def _pack_vectors(
+    caller: str, lengths: ArrayLike, max_seq_len: Any, max_segments: int | None, seed: int | None
+) -> VectorBins:
+    array, limits = check_vectors(caller, lengths, max_seq_len, "max_seq_len")
+    seed = None if seed is None else check_int(caller, "seed", seed)
+    plan, pools = plan_vectors(array, limits, check_cap(caller, max_segments))
+    ids: Any = pools.ids
+    ids = ids if seed is None else _shuffled(pools.counts, ids, seed)
+    key = None if seed is None else seed_from_components(seed)
+    return VectorBins(*_assign(plan, plan.classes, ids), limits, key=key)
 
 
 def greedy_pack_sequences(
@@ -307,17 +337,19 @@ def _check_limits(
     return max_seq_len, max_segments
 
 
-def _assign(plan: PackingPlan, ids: Any) -> Bins:
-    """Give every slot of the plan one of `ids` (by planned length), bins in the plan's own order.
+def _assign(plan: PackingPlan | VectorPlan, pools: Any, ids: Any) -> tuple[Int64, Int64]:
+    """Give every slot of the plan one of `ids`, grouped by pool; bins in the plan's own order.
 
-    Slots taken by length, then in the order of the plan, use up the ids from front to back; so only
+    `pools` says which pool each slot draws from: planned lengths, or classes.
+
+    Slots taken by pool, then in the order of the plan, use up the ids from front to back; so only
     where each id goes has to be computed: `place = first place of its slot + bin * bin size`.
     """
     sizes = np.repeat(plan.sizes, plan.sizes)  # of the bin around each slot
     bins = np.repeat(plan.multiplicity, plan.sizes)
     template_start = np.cumsum(plan.sizes * plan.multiplicity) - plan.sizes * plan.multiplicity
     first = np.repeat(template_start - plan.offsets[:-1], plan.sizes) + np.arange(len(sizes))
-    order = np.argsort(plan.lengths, kind="stable")
+    order = np.argsort(pools, kind="stable")
     sizes, bins, first = sizes[order], bins[order], first[order]
     first -= (np.cumsum(bins) - bins) * sizes  # so that the running index gives `bin * size`
     place = np.arange(len(ids))
@@ -325,8 +357,7 @@ def _assign(plan: PackingPlan, ids: Any) -> Bins:
     place += np.repeat(first, bins)
     assigned = np.empty(len(ids), np.int64)
     assigned[place] = ids
-    offsets = offsets_of(np.repeat(plan.sizes, plan.multiplicity))
-    return Bins(assigned, offsets, plan.max_seq_len)
+    return assigned, offsets_of(np.repeat(plan.sizes, plan.multiplicity))
 
 
 def _shuffled(counts: Int64, ids: Int64, seed: int) -> Int64:
