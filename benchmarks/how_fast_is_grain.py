@@ -130,7 +130,7 @@ def measure() -> list[Row]:
     sources, peers = list(ways)[:2], ("FirstFit, rows", "FirstFit, batches")
     return [
         *(compare_speed(results, ours, peer, 10) for ours in sources for peer in peers),
-        compare_speed(results, "PackedSource, row by row", peers[0]),
+        compare_speed(results, "PackedSource, row by row", peers[0], 5),
         compare_efficiency(results, sources[0], peers[0]),
         compare_speed(results, "PackOperation", "PackAndBatch", 2),
         compare_efficiency(results, "PackOperation", "PackAndBatch"),

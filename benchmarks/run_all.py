@@ -28,7 +28,13 @@ SCRIPTS = (
     "how_fast_is_an_epoch",
     "how_fast_is_a_batch",
     "how_fast_is_grain",
+    "how_fast_is_streaming",
+    "how_fast_is_a_restore",
+    "how_fast_is_a_cold_file",
+    "how_heavy_are_processes",
+    "how_long_does_training_wait",
     "how_dense_is_each_packer",
+    "how_dense_is_streaming",
     "how_fast_is_the_mask",
     "how_fast_is_preparation",
 )

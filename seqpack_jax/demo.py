@@ -242,7 +242,7 @@ def _feed(console: Console, sequences: FlatSequences, options: DemoOptions) -> N
     want, steps = _count(_cut(sequences, options.max_seq_len)), source.steps_per_epoch
     for part in (batches[:steps], batches[steps:]):
         _check(_count(_segments(part)) == want, "an epoch holds each sequence exactly once")
-    rows, tokens = 2 * source.plan.num_bins, source.plan.num_tokens
+    rows, tokens = 2 * source.plan.num_bins, source.stats.num_tokens
     console.print(
         f"{len(batches):,} batches of shape {list(shape)}: {rows:,} rows in {seconds:.2f} s\n"
         f"{rows / seconds:,.0f} rows/s, {2 * tokens / seconds:,.0f} tokens/s, padding not counted\n"

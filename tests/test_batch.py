@@ -238,7 +238,9 @@ def test_records_come_back_whole_or_as_the_policy_cuts_them(packing, multiple_of
     continues = policy.positions if policy.action == "split" else "restart"
     validate_batch(batch, max_segments=width, positions=continues, multiple_of=multiple_of)
     if not len(bins):
-        assert sorted(batch.features) == ["ids", "row_valid", "segment_lengths"]
+        metadata = ["ids", "row_valid", "segment_lengths"]  # and, known by sequence 0, the others
+        others = ["image", "mask", "score", "vectors"] if records else []
+        assert sorted(batch.features) == sorted(metadata + others)
         return
     named = batch.asdict()
     padding = batch.segment_ids == 0
@@ -577,3 +579,71 @@ def test_batches_on_a_device_are_validated_too():
     validate_batch(jax.tree.map(jax.numpy.asarray, good))
     with pytest.raises(sp.SeqpackError, match="position 1, expected 0"):
         validate_batch(jax.tree.map(jax.numpy.asarray, rows([[1, 2, 0]], [[0, 1, 0]])))
+
+
+def in_grain_style(records, max_seq_len=8, style="grain"):
+    features = make_features("t", max_seq_len, max_segments=3, metadata=True, key_style=style)
+    columns = features.columns("t", [features.read("t", "r", record) for record in records])
+    ids = np.arange(len(records)) + 5
+    return features.pack("t", columns, np.array([0, len(records)]), 1, ids=ids)
+
+
+def test_batches_in_the_grain_style_are_unpacked():
+    # Features may be called as ids of others are.
+    batch = in_grain_style(
+        [
+            {"tokens": [1, 2], "x": [0.5, 1.5], "my_segment_ids": [7, 9]},
+            {"tokens": [3], "x": [2.5], "my_segment_ids": [4]},
+        ]
+    )
+    assert [tokens.tolist() for tokens in sp.unpack_batch(batch)] == [[1, 2], [3]]
+    assert [x.tolist() for x in sp.unpack_batch(batch, "x")] == [[0.5, 1.5], [2.5]]
+    assert [x.tolist() for x in sp.unpack_batch(batch, values=batch["x"] * 2)] == [[1, 3], [5]]
+    assert [x.tolist() for x in sp.unpack_batch(batch, "my_segment_ids")] == [[7, 9], [4]]
+    assert {k: v.tolist() for k, v in unpack_by_id(batch).items()} == {5: [1, 2], 6: [3]}
+    batch = in_grain_style(
+        [{"x": [1, 2], "x_segment_ids": [7, 9], "tokens": [5, 6]}], style="default"
+    )
+    assert [x.tolist() for x in sp.unpack_batch(batch, "x")] == [[1, 2]]
+    batch = in_grain_style(
+        [{"tokens": [1], "b": []}, {"tokens": [], "b": [2]}], {"tokens": 2, "b": 2}
+    )
+    assert [tokens.tolist() for tokens in sp.unpack_batch(batch)] == [[1], []]
+    assert {k: v.tolist() for k, v in unpack_by_id(batch, "b").items()} == {5: [], 6: [2]}
+
+
+@pytest.mark.parametrize("style", ["maxtext", "t5x", "levanter", "hf"])
+@pytest.mark.parametrize("tokens", [[1, 2], [1, 2, 3]])
+def test_batches_in_other_styles_are_not_unpacked_wrongly(style, tokens):
+    batch = in_grain_style([{"tokens": tokens, "x": tokens}], 3, style)
+    for arguments in ({}, {"feature": "x"}, {"values": batch["x"]}):
+        with pytest.raises(sp.SeqpackError, match=r"^unpack_batch: .*in the key style 'default'"):
+            sp.unpack_batch(batch, **arguments)
+
+
+def test_what_is_nothing_to_unpack_is_named():
+    batch = in_grain_style([{"tokens": [1, 2, 3]}], 3)  # [B, L] is [B, max_segments]
+    with pytest.raises(sp.SeqpackError, match=r"^unpack_by_id: once=True of the tokens\. Hint: "):
+        unpack_by_id(batch, once=True)
+    for function in (sp.unpack_batch, unpack_by_id, validate_batch):
+        with pytest.raises(sp.SeqpackError, match=f"^{function.__name__}: batch is a list. Hint: "):
+            function([1, 2])
+
+
+def test_a_batch_without_bins_has_the_features_of_the_others():
+    records = [{"tokens": [1, 2], "mask": [True, False], "score": np.float32(0.5)}]
+    bins, options = sp.pack_sequences([2], 4), {"lengths": [2], "rows": 2, "max_segments": 3}
+    full = sp.pack_batch(bins, records, 4, **options).asdict()
+    empty = sp.pack_batch(bins[:0], records, 4, **options).asdict()
+    assert list(full) == list(empty)
+    for name, array in empty.items():
+        assert (array.dtype, array.shape) == (full[name].dtype, full[name].shape)
+        assert not array.any()
+    assert sp.pack_batch(sp.pack_sequences([], 4), [], 4, lengths=[], rows=2).features == {}
+
+
+def test_masked_tokens_are_refused():
+    bins = sp.pack_sequences([2], 4)
+    masked = np.ma.array([1, 2], mask=[False, True], dtype=np.int32)
+    with pytest.raises(sp.SeqpackError, match=r"^pack_batch: .*masked entries"):
+        sp.pack_batch(bins, [masked], 4, lengths=[2])

@@ -385,3 +385,44 @@ def test_one_pad_value_is_for_features_with_a_capacity():
     batch = features.pack("test", {"a": [np.ones(1)], "b": [np.array([4])]}, np.array([0, 1]), 1)
     assert batch["a"].tolist() == [[1, -1]]
     assert batch["b"].tolist() == [[4, -1, -1]]
+
+
+def pack_one(record, **options):
+    features = make_features("test", 4, max_segments=2, **options)
+    columns = features.columns("test", [features.read("test", "r", record)])
+    return features.pack("test", columns, np.array([0, 1]), 1, ids=np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["ids", "row_valid", "segment_lengths"])
+def test_metadata_never_replaces_a_feature(name):
+    for value in (77, [77]):  # once per sequence, and of every token
+        assert pack_one({"tokens": [1], name: value})[name].flat[0] == 77
+        with refuses(f"a feature is named {name!r}, as an array of the batch"):
+            pack_one({"tokens": [1], name: value}, metadata=True)
+
+
+def test_pad_values_of_other_features_are_refused():
+    with refuses("pad_value names the feature 'token', which is in no record. Hint: features with"):
+        pack_one({"tokens": [1]}, pad_value={"token": 5})
+    with refuses("pad_value names the feature 's', which comes once per sequence"):
+        pack_one({"tokens": [1], "s": 3}, pad_value={"s": -1})
+    features = make_features("test", 4, pad_value={"x": 5})
+    read = features.read("test", "r", {"tokens": [1], "x": [2]})
+    columns, offsets = {"tokens": []}, np.zeros(1, np.int64)
+    assert features.pack("test", columns, offsets, 1, like=read)["x"].tolist() == [[5, 5, 5, 5]]
+    # Without segments nobody knows which features there are.
+    assert list(features.pack("test", columns, offsets, 1))[1:] == ["segment_ids", "positions"]
+
+
+def test_a_batch_without_tokens_of_a_feature_looks_like_the_others():
+    features = make_features("test", {"a": 4, "b": 4})
+    like = features.read("test", "r", {"a": [[0.5, 1]], "b": [1]})
+    for nothing in ([], np.array([]), np.zeros((0, 2), np.float32)):
+        read = [features.read("test", "r", {"a": nothing, "b": [2]})]
+        for records in (read, [like, *read], [*read, like]):
+            columns = features.columns("test", records)
+            batch = features.pack("test", columns, np.array([0, len(records)]), 1, like=like)
+            assert (batch["a"].dtype, batch["a"].shape) == (np.float64, (1, 4, 2))
+            assert batch["a_segment_ids"].max() == max(
+                [k for k, record in enumerate(records, 1) if len(record["a"])], default=0
+            )

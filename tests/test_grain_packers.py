@@ -184,7 +184,9 @@ def test_dtypes_are_kept_and_never_cast():
     (row,) = FirstFitPackIterDataset(stream(wide), length_struct={"x": 8}, num_packing_bins=1)
     assert row["x"].tolist() == [2**40] * 3 + [2**41] * 2 + [0] * 3
     mixed = [{"x": np.full(3, 1, np.int32)}, {"x": np.full(2, 2**40)}]
-    with pytest.raises(sp.SeqpackError, match="feature 'x' has dtype int32 in one record, int64 in another"):
+    with pytest.raises(
+        sp.SeqpackError, match="feature 'x' has dtype int32 in one record, int64 in another"
+    ):
         list(FirstFitPackIterDataset(stream(mixed), length_struct={"x": 8}, num_packing_bins=1))
 
 

@@ -278,3 +278,28 @@ def test_styles_do_not_change_what_they_are_given():
         pack(style, records, [(0,)], 3)
         assert records[0]["tokens"].tolist() == [0, 1, 2]
         assert records[0]["loss_mask"].all()
+
+
+@pytest.mark.parametrize("style", KEY_STYLES)
+def test_arrays_of_a_batch_share_no_memory(style):
+    records = [{"tokens": np.arange(4, dtype=np.int32), "x": np.ones(4), "y": np.ones((4, 2))}]
+    first, second = (
+        pack(style, records, [(0,)], 4, max_segments=4, metadata=True) for _ in range(2)
+    )
+    arrays = [*first.values(), *second.values(), *records[0].values()]
+    for k, array in enumerate(arrays):
+        assert array.flags.writeable
+        assert not any(np.shares_memory(array, other) for other in arrays[:k])
+
+
+def test_hugging_face_finds_segments_by_positions_of_0():
+    features = make_features("test", 4, key_style="hf")
+    columns = {"tokens": [np.array([1, 2]), np.array([3])]}
+    for firsts in ([4, 0], [0, 7]):
+        problem = f"key_style 'hf' and a segment whose positions start at {max(firsts)}. Hint: "
+        with pytest.raises(sp.SeqpackError, match=f"^test: {re.escape(problem)}"):
+            features.pack(
+                "test", columns, np.array([0, 2]), 1, first_positions=np.array(firsts, np.int64)
+            )
+    batch = features.pack("test", columns, np.array([0, 2]), 1, first_positions=np.zeros(2, int))
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0]]

@@ -15,6 +15,7 @@ from seqpack_jax.feeding.layout import (
     as_int32,
     as_numbers,
     check_pads,
+    entries_of,
     fill_once,
     flatten_into,
     lay_out,
@@ -285,3 +286,87 @@ def test_pad_values_by_feature():
         check_pads("test", 2**31, ("a",), True)
     with refuses("pad_value['b'] = None is not a number"):
         check_pads("test", {"b": None}, ("a",), True)
+
+
+def fill(arrays, *, as_int32=False, like=None, pad=0):
+    lengths = np.array([np.size(array) and len(array) for array in arrays], np.int64)
+    layout = lay_out("test", lengths, np.array([0, len(lengths)]), 1, 4)
+    return layout.fill("test", "x", arrays, pad, as_int32=as_int32, like=like)
+
+
+def test_arrays_without_tokens_have_no_dtype_or_shape():
+    nothing = np.array([])
+    pairs = np.array([[1, 2]], np.int8)
+    for arrays in ([nothing, pairs], [pairs, nothing, np.zeros((0, 7), np.uint64)]):
+        found = fill(arrays)
+        assert (found.dtype, found.shape) == (np.int8, (1, 4, 2))
+        assert found[0].tolist() == [[1, 2], [0, 0], [0, 0], [0, 0]]
+    found = fill([nothing, np.array([7])], as_int32=True)
+    assert (found.dtype, found.tolist()) == (np.int32, [[7, 0, 0, 0]])
+    # If none has tokens, `like` says how the other batches look.
+    found = fill([nothing], like=pairs, as_int32=True)
+    assert (found.dtype, found.shape) == (np.int32, (1, 4, 2))
+    assert fill([nothing]).dtype == np.float64
+    with refuses("test: feature 'x' has dtype int8 in one record, int64 in another (segments 1 "):
+        fill([nothing, np.ones(1, np.int8), np.ones(1, np.int64)])
+    with refuses("test: feature 'x' has shape [2] per token in one record, [] in another (segm"):
+        fill([nothing, pairs, np.ones(1, np.int8)])
+
+
+def test_booleans_are_no_integers():
+    for arrays in ([np.array([5]), np.array([True])], [np.array([True]), np.array([5])]):
+        with refuses("test: feature 'x' has dtype "):
+            fill(arrays, as_int32=True)
+
+
+def test_a_value_is_no_array_of_tokens():
+    with refuses("test: feature 'x' has tokens in one record, and is one value in another (seg"):
+        lay_out("test", np.array([2, 1]), np.array([0, 2]), 1, 4).fill(
+            "test", "x", [np.ones(2), np.ones(())], 0, as_int32=False
+        )
+
+
+def test_masked_entries_are_refused():
+    masked = np.ma.array([1, 2], mask=[False, True])
+    for dtype in (np.int32, np.int64):
+        with refuses("test: feature 'x' of the batch has masked entries"):
+            fill([np.array([5]), masked.astype(dtype)], as_int32=True)
+    found = fill([np.ma.array([1, 2])], as_int32=True)
+    assert (type(found), found.tolist()) == (np.ndarray, [[1, 2, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", [">i2", ">f4", ">c16"])
+def test_arrays_get_the_byte_order_of_the_machine(dtype):
+    array = np.array([1, 258], dtype)
+    assert fill([array]).dtype.isnative
+    assert fill([array]).tolist() == [[1, 258, 0, 0]]
+    assert (
+        lay_out("test", np.zeros(0, np.int64), np.array([0]), 0, 4)
+        .fill("test", "x", [], 0, as_int32=False, like=array)
+        .dtype.isnative
+    )
+    once = fill_once("test", "x", list(array), np.array([2]), (1, 3))
+    assert once.dtype.isnative
+    assert once.tolist() == [[1, 258, 0]]
+
+
+@pytest.mark.parametrize("pad", [300, 0.5, -9])
+def test_pad_values_are_of_small_integers(pad):
+    int4 = np.dtype(ml_dtypes.int4)
+    assert fill([np.ones(1, int4)], pad=-8).astype(int).tolist() == [[1, -8, -8, -8]]
+    with refuses(f"test: pad_value {pad} of feature 'x' is no int4"):
+        fill([np.ones(1, int4)], pad=pad)
+
+
+def test_tuples_of_numbers_are_arrays():
+    for value in [(0.5, 1.0), (1, 0.5), (np.True_, np.False_), (np.float32(1), 2j), (1, 2), ()]:
+        assert entries_of(value) is None
+    assert entries_of((1, [2])) == {"0": 1, "1": [2]}
+
+
+def test_integers_beyond_int64_do_not_become_floats():
+    with refuses("test: x holds integers beyond int64"):
+        as_numbers("test", "x", [1, 2**63])
+    assert as_numbers("test", "x", [1, 2.0**63]).tolist() == [1, 2.0**63]
+    assert as_numbers("test", "x", [0.5, float("inf"), float("nan")])[0] == 0.5
+    assert as_numbers("test", "x", [2**63]).dtype == np.uint64

@@ -17,6 +17,7 @@ import seqpack_jax as sp
 from seqpack_jax.feeding import reading
 from seqpack_jax.feeding.batch import unpack_batch, unpack_by_id
 from seqpack_jax.feeding.reading import read_ahead, read_records
+from seqpack_jax.feeding.token_store import KeyedSequences
 from seqpack_jax.planning.over_length import OverLength
 from seqpack_jax.planning.vectors import pack_vectors
 
@@ -332,7 +333,8 @@ def test_settings_are_json_and_name_what_determines_the_rows():
         transform,
     ):  # fmt: skip
         lengths = {"lengths": options.get("lengths", LENGTHS * 4)}
-        assert source_of(**(options | lengths)).settings != base
+        looks = options.keys() <= {"multiple_of", "pad_value"}  # of arrays; the plan is compared
+        assert (source_of(**(options | lengths)).settings == base) == looks
         assert repr(source_of(**(options | lengths))) != repr(source_of(**lengths))
     assert "0x" not in repr(source_of(**transform)), "an address changes from run to run"
     other = sp.pack_dataset(records_of(LENGTHS[::-1] * 4), CAPACITY, batch_size=4)
@@ -442,7 +444,8 @@ def test_bos_and_eos_go_around_every_sequence_and_are_counted(kind):
     if kind == "flat":
         sequences = sp.FlatSequences(np.concatenate(sequences), np.cumsum([0, *lengths]))
     options = {"batch_size": 2, "bos_id": 70_000, "eos_id": 5, "over_length": "truncate"}
-    options |= {"metadata": True, "pad_value": {"tokens": -1, "vectors": 0.5}}
+    pads = {"tokens": -1} | ({"vectors": 0.5} if kind == "records" else {})
+    options |= {"metadata": True, "pad_value": pads}
     source = sp.pack_dataset(sequences, CAPACITY, **options)
     items = list(source)
     for index, tokens in segments_of(items):
@@ -563,6 +566,23 @@ def test_errors_of_a_source_name_the_sequence():
 
     with pytest.raises(sp.SeqpackError, match="__getitems__ of 2 ids returned 1 records"):
         read_records("test", Short(records_of([3] * 3)), np.array([0, 1]))
+
+
+def test_keyed_sequences_are_read_in_one_call():
+    flat = sp.FlatSequences(np.arange(6), np.array([0, 1, 3, 6]))
+    for rows in (None, np.array([2, 0, 1])):
+        keyed = KeyedSequences(flat, np.array([-4, 7, 90]), rows)
+        found = [array.tolist() for array in keyed.__getitems__([90, -4, 90])]
+        assert found == [keyed[90].tolist(), keyed[-4].tolist(), keyed[90].tolist()]
+        for missing in (8, 91, -5):
+            with pytest.raises(KeyError, match=str(missing)):
+                keyed.__getitems__([7, missing])
+        with pytest.raises(sp.SeqpackError, match="sequence 8 is missing"):
+            read_records("test", keyed, np.array([7, 8]))
+    nothing = KeyedSequences(sp.FlatSequences([], np.array([0])), np.array([], int))
+    assert nothing.__getitems__([]) == []
+    with pytest.raises(KeyError, match="3"):
+        nothing.__getitems__([3])
 
 
 def test_slices_far_apart_in_a_large_map_are_asked_for(tmp_path, monkeypatch):
@@ -753,6 +773,7 @@ def test_an_index_sampler_of_a_loader():
     assert sorted(found) == [i for i, n in enumerate(LENGTHS * 4) if n]
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_records():
     source = source_of(epochs=1, transform=noise)
     dataset = grain.MapDataset.source(source).to_iter_dataset(READ)

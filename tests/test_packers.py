@@ -264,6 +264,9 @@ def test_a_seed_shuffles_items_of_one_class():
         ([[3, 1]], (4, 8), {"max_segments": 0}, "max_segments = 0"),
         ([3, 1], (4, 8), {}, r"lengths has shape \(2,\), and there are 2 capacities"),
         ([[3, 1]], 8, {}, r"lengths has shape \(1, 2\)"),
+        ([3, 1], "8", {}, r"max_seq_len = '8' is not an integer"),
+        ([3, 1], np.array(8.5), {}, r"max_seq_len = array\(8.5\) is not an integer"),
+        ([[3, 1]], {"a": 4, "b": 8}, {}, "max_seq_len = {'a': 4, 'b': 8} is not an integer"),
     ],
 )
 def test_bad_items_are_refused(lengths, limits, options, part):

@@ -123,9 +123,11 @@ def test_drop_leaves_out_what_does_not_fill_a_step():
 
 @pytest.mark.parametrize("batch_size", [None, 1, 4])
 @pytest.mark.parametrize("count", [1, 3])
-def test_items_do_not_depend_on_the_order_of_reading(batch_size, count, monkeypatch):
-    """Reading in order draws blocks of rows, other reading draws items: the same items."""
+@pytest.mark.parametrize("run", [3, 32])
+def test_items_do_not_depend_on_the_order_of_reading(batch_size, count, run, monkeypatch):
+    """Reading in order draws and fills rows in blocks, other reading by item: the same items."""
     monkeypatch.setattr("seqpack_jax.feeding.packed_source._BLOCK_ROWS", 10)
+    monkeypatch.setattr("seqpack_jax.feeding.packed_source._RUN", run)
     options = {"batch_size": batch_size, "shard": (count - 1, count)}
     source = source_of(**options)
     in_order = [source[i] for i in range(len(source))]
@@ -534,7 +536,7 @@ def test_the_operation_pads_and_names_its_feature():
     records = Records([{"text": np.array([5, 6])}])
     operation = sp.PackOperation(4, 2, feature="text", pad_value=-1)
     (batch,) = loader(records, 0, [operation])
-    assert batch["tokens"].tolist() == [[5, 6, -1, -1], [-1, -1, -1, -1]]
+    assert batch["text"].tolist() == [[5, 6, -1, -1], [-1, -1, -1, -1]]
     assert repr(pickle.loads(pickle.dumps(operation))) == repr(operation)
 
 
@@ -542,11 +544,9 @@ def test_the_operation_pads_and_names_its_feature():
     ("record", "part"),
     [
         ({"tokens": np.zeros(65, int)}, "record 1 has 65 tokens, but a length is in [1, 64]"),
-        ({"tokens": np.zeros(0, int)}, "record 1 has 0 tokens"),
         ({"tokens": np.zeros(3)}, "record 1 has shape (3,) and dtype float64"),
         ({"tokens": np.zeros((2, 2), int)}, "record 1 has shape (2, 2)"),
         ({"text": np.zeros(3, int)}, "record 1 has no feature 'tokens'"),
-        (np.zeros(3, int), "record 1 has no feature 'tokens'"),
     ],
 )
 def test_records_that_cannot_be_packed_are_refused(record, part):

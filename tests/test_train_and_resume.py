@@ -33,18 +33,19 @@ def finish(process):
     return output.splitlines()
 
 
-def kill_after(process, step):
-    """Kill a run while it is past a step; return the lines that it printed."""
+def kill_after(process, step, temporary):
+    """Kill a run while it is past a step; return its lines, and what it had in `temporary`."""
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
         if line.startswith(f"step {step} "):
             time.sleep(random.Random(step).uniform(0, 0.05))
             break
+    found = list(temporary.glob("seqpack_jax-*"))
     os.kill(process.pid, signal.SIGKILL)  # it alone: its workers are orphans now
     process.communicate(timeout=60)  # all that hold its output, the orphans too, have ended
     assert process.returncode == -signal.SIGKILL
-    return lines
+    return lines, found
 
 
 def result_in(folder):
@@ -60,7 +61,8 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
         process = start(folder, workers)
         # The second save waits until the first one is complete.
         step = rng.randrange(reached + 2 * EVERY + 1, reached + 3 * EVERY + 3)
-        lines = kill_after(process, step)
+        lines, parcels = kill_after(process, step, tmp_path)
+        assert len(parcels) == workers
         begun = int(lines[0].removeprefix("begin after step "))
         assert begun % EVERY == 0
         assert (begun > 0) == (reached > 0)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import seqpack_jax as sp
+from seqpack_jax.planning import vector_fit
 from seqpack_jax.planning.vector_fit import (
     NO_CAP,
+    _Groups,
     falling,
-    fill_bins,
     place_classes,
     weights_of,
 )
@@ -21,6 +22,7 @@ from seqpack_jax.planning.vectors import (
     VectorBins,
     VectorPlan,
     best_fit_vectors,
+    fill_bins,
     pack_vectors,
 )
 
@@ -125,7 +127,6 @@ def test_classes_are_placed_as_their_items_would_be(packing, cap):
     order = falling(vectors, capacities, "sum")
     vectors, counts = vectors[order], counts[order]
     weights = weights_of(lengths.sum(axis=0), capacities)
-    templates = place_classes(vectors, counts, capacities, weights, cap or NO_CAP)
 
     def least_room(held):
         room = room_of(held, capacities)
@@ -139,10 +140,14 @@ def test_classes_are_placed_as_their_items_would_be(packing, cap):
         (len(held), *room_of(held, capacities))
         for held in slow_pack(items, capacities, cap, least_room)
     )
-    got = Counter()
-    for held, times in counter_of(templates, vectors).items():
-        got[(len(held), *room_of(held, capacities))] += times
-    assert got == want
+    for few in (0, 3, 10**9):  # items that are placed one group at a time
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vector_fit, "_FEW", few)
+            templates = place_classes(vectors, counts, capacities, weights, cap or NO_CAP)
+        got = Counter()
+        for held, times in counter_of(templates, vectors).items():
+            got[(len(held), *room_of(held, capacities))] += times
+        assert got == want
 
 
 def counter_of(templates, vectors):
@@ -168,11 +173,21 @@ def test_bins_are_filled_one_by_one_with_what_is_most_like_the_room(packing, cap
         assert cap is None or len(template) <= cap
         items.update({vector: times * n for vector, n in Counter(template).items()})
     assert items == Counter(map(tuple, lengths.tolist()))
-    if not got:
-        return
-    load = (vectors * counts[:, None]).sum(axis=0) / np.array(capacities)
-    weights = load / max(load.sum(), 1.0) / np.array(capacities) / np.array(capacities)
     left = Counter(map(tuple, np.repeat(vectors, counts, axis=0).tolist()))
+    for i, times in enumerate(templates.multiplicity.tolist()):
+        held = most_like_the_room(left, vectors, capacities, cap)
+        numbers = templates.lengths[templates.offsets[i] : templates.offsets[i + 1]]
+        assert sorted(held) == sorted(tuple(vectors[-number].tolist()) for number in numbers)
+        assert times == min(left[vector] // n for vector, n in Counter(held).items())
+        left -= Counter({vector: times * n for vector, n in Counter(held).items()})
+
+
+def most_like_the_room(left, vectors, capacities, cap):
+    """Fill one bin from `left`: the largest product with the room first, weighed by demand."""
+    left = left.copy()
+    items = np.array(list(left.elements())).reshape(-1, len(capacities))
+    load = items.sum(axis=0) / np.array(capacities)
+    weights = load / max(load.sum(), 1.0) / np.array(capacities) / np.array(capacities)
     held = []
     while len(held) < (cap or NO_CAP):
         room = room_of(held, capacities)
@@ -187,8 +202,7 @@ def test_bins_are_filled_one_by_one_with_what_is_most_like_the_room(packing, cap
             break
         held.append(min(ranks, key=ranks.get))
         left[held[-1]] -= 1
-    first = templates.lengths[: templates.offsets[1]]
-    assert sorted(held) == sorted(tuple(vectors[-number].tolist()) for number in first)
+    return held
 
 
 @given(packing=vector_packings(), cap=caps)
@@ -247,12 +261,42 @@ def test_never_more_bins_than_first_fit_decreasing(mix, seed):
     assert plan.num_bins <= len(best_fit_vectors(lengths, capacities)) <= slow + 1
 
 
-def test_groups_grow_and_close():
-    """More groups of bins than fit their first arrays, most of them full before the end."""
+@pytest.mark.parametrize("cap", [None, 3])
+@pytest.mark.parametrize("few", [0, 3, 10**9])
+def test_groups_grow_and_close_and_are_sorted(monkeypatch, few, cap):
+    """More groups than fit their first arrays, many full before the end; as the slow packer."""
+    monkeypatch.setattr(vector_fit, "_FEW", few)
     rng = np.random.default_rng(3)
-    lengths = rng.integers(1, 400, (1500, 2))
-    plan, _ = pack_vectors(lengths, (500, 450))
+    lengths = rng.integers(1, 60, (900, 2)) * (3, 2)
+    plan, _ = pack_vectors(lengths, (300, 150), max_segments=cap)
     plan.check(lengths)
+    vectors, counts = np.unique(lengths, axis=0, return_counts=True)
+    order = falling(vectors, (300, 150), "sum")
+    weights = weights_of(lengths.sum(axis=0), (300, 150))
+    classes = vectors[order], counts[order], (300, 150), weights
+    bins = int(place_classes(*classes, cap or NO_CAP).multiplicity.sum())
+    # Golden: what looking through all groups for each item gives.
+    assert bins == {None: 356, 3: 373}[cap]
+
+
+def test_a_search_for_one_bin_does_not_look_at_all_of_them(monkeypatch):
+    """Groups are sorted by score: a few hundred are looked at, and not thousands, per item."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(200, 300, (6000, 2))  # two in a bin
+    looked = []
+    fits = _Groups._fits
+    monkeypatch.setattr(
+        _Groups,
+        "_fits",
+        lambda self, vector, start, stop: (
+            looked.append(stop - start) or fits(self, vector, start, stop)
+        ),
+    )
+    vectors, counts = np.unique(lengths, axis=0, return_counts=True)
+    weights = weights_of(lengths.sum(axis=0), (500, 500))
+    order = falling(vectors, (500, 500), "sum")
+    place_classes(vectors[order], counts[order], (500, 500), weights, NO_CAP)
+    assert sum(looked) < 400 * len(vectors)  # 1600 if it looked at all
 
 
 def test_a_plan_does_not_depend_on_the_order_of_items():
@@ -318,6 +362,8 @@ def test_figures_of_each_column():
         ([[3, 4]], (5, 2.5), r"capacities\[1\] = 2.5 is not an integer"),
         ([[3, 4]], (), r"lengths has shape \(1, 2\), and there are 0"),
         ([[3, 4]], 8, "capacities = 8. Hint: pass one capacity per column"),
+        ([[3, 4]], np.array(8), "capacities = array.8.. Hint: pass one capacity per column"),
+        ([[3, 4]], {"a": 5, "b": 8}, "capacities = {'a': 5, 'b': 8}. Hint: pass one capacity per"),
     ],
 )
 def test_bad_vectors_are_refused(pack, lengths, capacities, part):

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.errors import check_int, check_integers, fail
 from seqpack_jax.feeding.features import make_features
-from seqpack_jax.feeding.key_styles import PackedFeatures, in_style, nested
+from seqpack_jax.feeding.key_styles import PackedFeatures, fail_at_name, in_style, nested
 from seqpack_jax.feeding.layout import lay_out
 from seqpack_jax.feeding.sequences import SequenceSource, fetch_records
 from seqpack_jax.feeding.unpacking import (
@@ -65,13 +65,14 @@ class PackedBatch(NamedTuple):
         """Return the arrays by name, the form that a Grain pipeline passes on.
 
         Args:
-            style: a key style (see `feeding.key_styles`): `"default"`, `"grain"`, `"maxtext"`,
-                `"t5x"`, `"levanter"` or `"hf"`.  All but the first are for arrays on the host;
-                what `features` has of the shape `[B, L, ...]` is taken to be of every token.
+            style: a key style: `"default"`, `"grain"`, `"maxtext"`, `"t5x"`, `"levanter"` or
+                `"hf"`, which `help("seqpack_jax.feeding.key_styles")` describes.  All but the
+                first are for arrays on the host; what `features` has of the shape `[B, L, ...]` is
+                taken to be of every token, so keep `max_segments` other than `L`.
 
         Raises:
-            SeqpackError: a feature has the name of one of the arrays of the style, or the style is
-                not known.
+            SeqpackError: a feature has the name of one of the arrays of the style or is none that
+                it knows, or the style is not known.
         """
         caller, shape = "PackedBatch.asdict", np.shape(self.segment_ids)
         tokens: dict[str, Any] = {"tokens": self.tokens}
@@ -79,8 +80,7 @@ class PackedBatch(NamedTuple):
         for name, array in flat_names(self.features).items():
             of_tokens = style != "default" and np.shape(array)[:2] == shape
             if name in ("tokens", "segment_ids", "positions"):
-                problem = f"a feature is named {name!r}, as an array of the batch"
-                fail(caller, problem, "give the feature another name")
+                fail_at_name(caller, name)
             (tokens if of_tokens and name not in _PER_BATCH else once)[name] = array
         same = dict.fromkeys(tokens, "tokens")
         packed = PackedFeatures(
@@ -130,7 +130,8 @@ def pack_batch(
             `make_features`).
 
     Returns:
-        A `PackedBatch` of `[rows, max_seq_len]` arrays.
+        A `PackedBatch` of `[rows, max_seq_len]` arrays.  Without bins it is of empty rows, with the
+        features of sequence 0.
 
     Raises:
         SeqpackError: a sequence does not have the length that was planned, is not a 1-D array of
@@ -175,8 +176,11 @@ def pack_batch(
         key=bins.key,
         exact=True,
     )
+    like = None
+    if not len(ids) and np.size(lengths):  # a batch without bins has the features of the others
+        like = features.read(caller, "sequence 0", sequences[0])
     packed = features.pack_features(
-        caller, columns, bins.offsets, rows, ids=ids, first_positions=first_positions
+        caller, columns, bins.offsets, rows, ids=ids, first_positions=first_positions, like=like
     )
     others = [(name, array) for name, array in packed.tokens.items() if name != feature]
     return PackedBatch(

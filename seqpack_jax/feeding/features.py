@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, fail
-from seqpack_jax.feeding.key_styles import KEY_STYLES, PackedFeatures, in_style
+from seqpack_jax.feeding.key_styles import KEY_STYLES, PackedFeatures, fail_at_name, in_style
 from seqpack_jax.feeding.layout import (
     Layout,
     as_numbers,
@@ -42,7 +42,7 @@ class Features:
         pad_value: what stands on padding, by feature; 0 in features that are not in it.
         meta_features: arrays that come once per sequence.
         metadata: whether batches have `segment_lengths`, `ids` and `row_valid`.
-        key_style: how the arrays of a batch are called (see `key_styles`).
+        key_style: how the arrays of a batch are called (see `feeding.key_styles`).
     """
 
     capacities: dict[str, int]
@@ -164,10 +164,7 @@ class Features:
         return name not in self.capacities and (array.ndim == 0 or name in self.meta_features)
 
     def window(
-        self,
-        record: Mapping[str, NDArray[Any]],
-        starts: Sequence[int],
-        stops: Sequence[int],
+        self, record: Mapping[str, NDArray[Any]], starts: Sequence[int], stops: Sequence[int]
     ) -> dict[str, NDArray[Any]]:
         """Return a record that was `read`, cut to tokens `[start, stop)` of each capacity: views.
 
@@ -239,12 +236,12 @@ class Features:
             first_positions: int64 `[k]`, the position of the first token of each segment, for a
                 single capacity; None for 0.
             like: a record that was `read`, of which a batch without any segments takes the
-                features, their dtypes and shapes; without it such a batch has those with a
-                capacity, as int32.
+                features, and one without any tokens of a feature its dtype and shape.  Without it
+                a batch without segments has the features with a capacity, as int32.
 
         Raises:
-            SeqpackError: a bin holds more than fits in its row or more than `max_segments`, a
-                feature has several dtypes, or an integer is beyond int32.
+            SeqpackError: a bin holds more than its row or `max_segments`, a feature has several
+                dtypes, an integer is beyond int32, or a pad value is for a feature without padding.
 
         Example:
             >>> features = make_features("f", 4)
@@ -309,13 +306,18 @@ class Features:
                 arrays,
                 self.pad_value.get(name, 0),
                 as_int32=name in layouts,
-                like=like_this,
+                like=(like or samples).get(name),
             )
         if self.metadata:
-            once |= self._metadata(caller, layouts, sizes, shape, ids)
+            for name, array in self._metadata(caller, layouts, sizes, shape, ids).items():
+                if name in once:
+                    fail_at_name(caller, name)
+                once[name] = array
         ids_of = {name: layout.segment_ids for name, layout in layouts.items()}
         positions = {name: layout.positions for name, layout in layouts.items()}
-        return PackedFeatures(tokens, layout_of, ids_of, positions, once)
+        packed = PackedFeatures(tokens, layout_of, ids_of, positions, once)
+        packed.check_pads(caller, self.pad_value if columns or like else ())
+        return packed
 
     def _metadata(
         self,
@@ -365,21 +367,19 @@ def make_features(
         max_segments: the most segments in a row, and the width of what comes once per sequence.
         multiple_of: every segment starts at a multiple of it; it divides all capacities.
         pad_value: what stands on padding: a number for the features with a capacity, or numbers by
-            feature, any feature.  0 (False) in all other features.
+            feature, any with tokens.  0 (False) in all other features.
         meta_features: arrays of one shape that come once per sequence.
         metadata: add `segment_lengths`, `ids` (where they are known) and `row_valid` to batches.
-        key_style: how the arrays of a batch are called (see `key_styles`).
+        key_style: how the arrays of a batch are called; `help("seqpack_jax.feeding.key_styles")`.
 
     Raises:
         SeqpackError: an argument is out of range, or metadata has no width.
     """
     if isinstance(max_seq_len, Mapping):
-        capacities = {
-            _check_name(caller, "max_seq_len", name): check_int(
-                caller, f"max_seq_len[{name!r}]", capacity, 1, MAX_LENGTH
-            )
-            for name, capacity in max_seq_len.items()
-        }
+        capacities = {}
+        for name, capacity in max_seq_len.items():
+            what = f"max_seq_len[{_check_name(caller, 'max_seq_len', name)!r}]"
+            capacities[name] = check_int(caller, what, capacity, 1, MAX_LENGTH)
         if not capacities:
             fail(caller, "max_seq_len is empty", "give at least one feature its tokens per row")
     else:

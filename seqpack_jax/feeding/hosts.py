@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = ["check_processes", "make_global_batch", "row_shard"]
 
 _NARROWED = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}
 _SHOWN = 4  # different values of one name in an error
+_LONGEST = 100  # characters of a value in an error
 
 
 def row_shard(sharding: Any) -> tuple[int, int]:
@@ -157,6 +158,8 @@ def check_processes(values: Mapping[str, str | int], *, caller: str = "check_pro
         >>> check_processes({"seed": 0, "plan": "5f0c"})
     """
     for name, value in values.items():
+        if not isinstance(name, str):
+            fail(caller, f"the name {name!r} is no string", "pass {name: value}")
         if not isinstance(value, str):
             check_int(caller, name, value)
     # Who has not even imported JAX cannot have initialised jax.distributed.
@@ -204,15 +207,30 @@ def _differences(every: list[dict[str, str | int]]) -> list[str]:
     """Say for each name whose value differs, which processes have which."""
     problems = []
     for name in dict.fromkeys(name for values in every for name in values):
-        holders: dict[str, list[int]] = {}
+        holders: dict[str | int | None, list[int]] = {}
         for process, values in enumerate(every):
-            holders.setdefault(repr(values.get(name, "missing")).strip("'"), []).append(process)
+            holders.setdefault(values.get(name), []).append(process)
         if len(holders) > 1:
-            parts = [f"{value} on {_ranges(who)}" for value, who in holders.items()]
+            texts = [_shown(value) for value in holders]
+            if len(set(texts)) < len(texts):  # 5 and '5'
+                texts = [_shown(value, repr) for value in holders]
+            whose = map(_ranges, holders.values())
+            parts = [f"{text} on {who}" for text, who in zip(texts, whose, strict=True)]
             more = len(parts) - _SHOWN
             parts[_SHOWN:] = [f"{more} more values on others"] if more > 0 else []
             problems.append(f"{name} is {', '.join(parts)}")
     return problems
+
+
+def _shown(value: str | int | None, write: Callable[[Any], str] = str) -> str:
+    """Return a value for an error; of a long one its start, and what tells it from others."""
+    if value is None:
+        return "missing"
+    text = write(value)
+    if len(text) <= _LONGEST:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{text[: _LONGEST // 2]}... ({len(text)} characters, sha256 {digest}...)"
 
 
 def _ranges(processes: list[int]) -> str:
@@ -286,8 +304,11 @@ def _in_jax_dtype(caller: str, name: str, array: NDArray[Any]) -> NDArray[Any]:
     """Return `array` in a dtype that JAX keeps; an error where it would change a value."""
     import jax
 
-    if array.dtype.kind not in "biufcV" or array.dtype.names:
+    # bfloat16 and its like are of kind V, too.
+    if array.dtype.kind not in "biufcV" or array.dtype.type is np.void:
         fail(caller, f"{name} has dtype {array.dtype}", "leave out what is no array of numbers")
+    if not array.dtype.isnative:  # as in files of another byte order
+        array = array.astype(array.dtype.newbyteorder("="))
     kept = jax.dtypes.canonicalize_dtype(array.dtype)
     if kept == array.dtype:
         return array

@@ -21,7 +21,8 @@ on under its own name.
 * `"hf"`: `input_ids`, `position_ids` and `labels`: the tokens, or a feature `labels`, not shifted,
   since Hugging Face models shift inside; -100 on padding and on the first token of each segment,
   which is no target of the segment before.  There is no `attention_mask`: those models find packed
-  segments by their positions only when they are given none.
+  segments by their positions only when they are given none.  So each segment must start at 0;
+  pieces of split sequences whose positions go on are an error.
 
 A feature `loss_mask` says which *tokens* are learned, 0 on those of a prompt, say.  All four
 trainers' styles put it where their loss looks: shifted along with the targets of `"maxtext"` and
@@ -30,8 +31,8 @@ trainers' styles put it where their loss looks: shifted along with the targets o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ from numpy.typing import NDArray
 from seqpack_jax.errors import check_choice, fail
 from seqpack_jax.feeding.layout import as_int32
 
-__all__ = ["IGNORED_LABEL", "KEY_STYLES", "PackedFeatures", "in_style", "nested"]
+__all__ = ["IGNORED_LABEL", "KEY_STYLES", "PackedFeatures", "fail_at_name", "in_style", "nested"]
 
 IGNORED_LABEL = -100  # what Hugging Face losses leave out
 
@@ -60,6 +61,14 @@ class PackedFeatures(NamedTuple):
     segment_ids: dict[str, NDArray[Any]]
     positions: dict[str, NDArray[Any]]
     once: dict[str, NDArray[Any]]
+
+    def check_pads(self, caller: str, names: Iterable[str]) -> None:
+        """Raise if a pad value is for a feature without padding, or one that no record has."""
+        for name in names:
+            if name not in self.tokens:
+                comes = "comes once per sequence" if name in self.once else "is in no record"
+                hint = f"features with padding are {', '.join(self.tokens)}"
+                fail(caller, f"pad_value names the feature {name!r}, which {comes}", hint)
 
 
 _Named = list[tuple[str, NDArray[Any]]]
@@ -113,10 +122,13 @@ def _grain(caller: str, packed: PackedFeatures) -> _Named:
 
 def _as_grain(packed: PackedFeatures, name: str) -> _Named:
     lead = packed.layout_of[name]
+    segment_ids, positions = packed.segment_ids[lead], packed.positions[lead]
+    if name != lead:  # a step may write into an array, and must not change two
+        segment_ids, positions = segment_ids.copy(), positions.copy()
     return [
         (name, packed.tokens[name]),
-        (f"{name}_segment_ids", packed.segment_ids[lead]),
-        (f"{name}_positions", packed.positions[lead]),
+        (f"{name}_segment_ids", segment_ids),
+        (f"{name}_positions", positions),
     ]
 
 
@@ -141,7 +153,7 @@ def _maxtext(caller: str, packed: PackedFeatures) -> _Named:
         ("inputs_position", positions),
         ("inputs_segmentation", segment_ids),
         ("targets", targets),
-        ("targets_position", positions),
+        ("targets_position", positions.copy()),
         ("targets_segmentation", segment_ids * has_target),
         *_others(packed, (lead, own, "loss_mask")),
     ]
@@ -201,6 +213,11 @@ def _hf(caller: str, packed: PackedFeatures) -> _Named:
     own = "labels" if "labels" in packed.tokens and lead != "labels" else None
     is_target = np.zeros(segment_ids.shape, np.bool_)
     is_target[:, 1:] = _goes_on(segment_ids)[:, :-1]
+    firsts = packed.positions[lead][(segment_ids > 0) & ~is_target]
+    if firsts.any():
+        problem = f"key_style 'hf' and a segment whose positions start at {firsts[firsts != 0][0]}"
+        hint = "its models find segments by positions of 0: split with positions='restart'"
+        fail(caller, problem, hint)
     learned = _loss_mask(caller, packed)
     if learned is not None:
         is_target &= learned != 0
@@ -273,6 +290,12 @@ def _others(packed: PackedFeatures, taken: tuple[str | None, ...]) -> _Named:
     return [(name, array) for name, array in packed.tokens.items() if name not in taken]
 
 
+def fail_at_name(caller: str, name: str) -> NoReturn:
+    """Raise, for two arrays would have one name."""
+    problem = f"a feature is named {name!r}, as an array of the batch"
+    fail(caller, problem, "give the feature another name")
+
+
 def nested(caller: str, named: _Named) -> dict[str, Any]:
     """Put arrays into dicts by name: "a/b" is entry "b" of entry "a"."""
     batch: dict[str, Any] = {}
@@ -285,7 +308,6 @@ def nested(caller: str, named: _Named) -> dict[str, Any]:
                 if not isinstance(inner, dict):
                     break
         if not isinstance(inner, dict) or last in inner:
-            problem = f"a feature is named {name!r}, as an array of the batch"
-            fail(caller, problem, "give the feature another name")
+            fail_at_name(caller, name)
         inner[last] = array
     return batch

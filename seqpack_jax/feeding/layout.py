@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 _INT32 = np.iinfo(np.int32)
+_DTYPE = attrgetter("dtype")
+_INTEGER = int | np.integer
+_NUMBER = int | float | complex | np.number | np.bool_
+_NOTHING = np.zeros(0, np.int32)
 
 
 class Layout(NamedTuple):
@@ -67,14 +72,14 @@ class Layout(NamedTuple):
             name: of the feature, for errors.
             arrays: of each segment, row after row, `[tokens, ...]` of as many tokens as the layout
                 has; of one dtype and one trailing shape, save that integers may differ if
-                `as_int32`.
+                `as_int32`, and that those without tokens may be anything.
             pad_value: what stands on padding.
             as_int32: make integers int32; one beyond int32 is an error.
-            like: an array of which dtype and trailing shape are taken if there are no `arrays`.
+            like: an array of which dtype and trailing shape are taken if no array has tokens.
 
         Raises:
-            SeqpackError: arrays have other lengths or no common dtype or shape, or the pad value is
-                none of their dtype.
+            SeqpackError: arrays have other lengths, no common dtype or shape or masked entries, or
+                the pad value is none of their dtype.
 
         Example:
             >>> layout = lay_out("f", np.array([2, 1]), np.array([0, 2]), 1, 4)
@@ -83,24 +88,27 @@ class Layout(NamedTuple):
             [[0.5, 1.5, 2.5, -1.0]]
         """
         rows, max_seq_len = self.segment_ids.shape
-        sample = arrays[0] if arrays else np.zeros(0, np.int32) if like is None else like
+        _check_sizes(caller, name, arrays, self.lengths.tolist())
+        # Arrays without tokens, such as np.array([]), have no dtype of their own.
+        full = [array for array in arrays if len(array)]
+        sample = next(iter([*full[:1], *([] if like is None else [like]), *arrays[:1]]), _NOTHING)
         integers = as_int32 and sample.dtype.kind in "iu"
-        dtype = np.dtype(np.int32) if integers else sample.dtype
-        if list(map(len, arrays)) != self.lengths.tolist():
-            problem = f"the arrays of feature {name!r} have other lengths than their segments"
-            fail(caller, problem, "pass one array per segment")
-        if not integers and any(array.dtype is not dtype for array in arrays):
-            _check_dtypes(caller, name, arrays, False)
+        dtype = np.dtype(np.int32) if integers else _native(sample.dtype)
+        if len(set(map(_DTYPE, full))) > 1:
+            _check_dtypes(caller, name, arrays, integers)
         shape = (max_seq_len, *sample.shape[1:])
         padding = np.full(shape, _pad(caller, name, pad_value, dtype), dtype)
+        if len(full) < len(arrays):
+            arrays = [array if len(array) else padding[:0] for array in arrays]
         runs = self._runs(arrays, padding)
         try:
             filled = np.concatenate(runs) if runs else padding[:0]
         except ValueError:
             _fail_at_shape(caller, name, arrays)
+        if type(filled) is not np.ndarray:
+            filled = as_numbers(caller, f"feature {name!r} of the batch", _with_masks(filled, runs))
         if integers and filled.dtype.kind not in "iu":
             # uint64 and signed integers have no common integer dtype.
-            _check_dtypes(caller, name, arrays, True)
             filled = np.concatenate([_as_int32(caller, name, run) for run in runs])
         if integers:
             filled = _as_int32(caller, name, filled)
@@ -237,7 +245,7 @@ def fill_once(
                 problem = f"feature {name!r} is {first} in one record, {other} in another"
                 hint = "give it one dtype and shape in every record: nothing is cast silently"
                 fail(caller, f"{problem} (segments 0 and {k} of the batch)", hint)
-    filled = np.full((*shape, *trailing), empty, dtype)
+    filled = np.full((*shape, *trailing), empty, _native(dtype))
     if len(values):
         row = np.repeat(np.arange(len(sizes)), sizes)
         place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -252,39 +260,69 @@ def _ranges(starts: Int64, sizes: Int64) -> Int64:
     return ranges
 
 
+def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a dtype in the byte order of this machine, the only one that JAX takes."""
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def _with_masks(filled: NDArray[Any], runs: Sequence[NDArray[Any]]) -> Any:
+    """Return a run with masked entries, if there is one, for `np.concatenate` drops masks."""
+    return next((run for run in runs if np.ma.is_masked(run)), filled)
+
+
+def _check_sizes(
+    caller: str, name: str, arrays: Sequence[NDArray[Any]], sizes: Sequence[int]
+) -> None:
+    try:
+        same = list(map(len, arrays)) == sizes
+    except TypeError:
+        k = next(k for k, array in enumerate(arrays) if not array.ndim)
+        problem = f"feature {name!r} has tokens in one record, and is one value in another"
+        hint = "give all records the same features"
+        fail(caller, f"{problem} (segment {k} of the batch)", hint)
+    if not same:
+        problem = f"the arrays of feature {name!r} have other lengths than their segments"
+        fail(caller, problem, "pass one array per segment")
+
+
 def _check_dtypes(
     caller: str, name: str, arrays: Sequence[NDArray[Any]], any_integers: bool
 ) -> None:
-    first = arrays[0].dtype
-    for k, array in enumerate(arrays):
-        if array.dtype != first and not (any_integers and array.dtype.kind in "iu"):
-            problem = f"feature {name!r} has dtype {first} in one record, {array.dtype} in another"
+    full = [k for k, array in enumerate(arrays) if len(array)]
+    first = arrays[full[0]].dtype
+    for k in full:
+        dtype = arrays[k].dtype
+        if dtype != first and not (any_integers and dtype.kind in "iu"):
+            problem = f"feature {name!r} has dtype {first} in one record, {dtype} in another"
             hint = "cast it to one dtype before packing: nothing is cast silently"
-            fail(caller, f"{problem} (segments 0 and {k} of the batch)", hint)
+            fail(caller, f"{problem} (segments {full[0]} and {k} of the batch)", hint)
 
 
 def _fail_at_shape(caller: str, name: str, arrays: Sequence[NDArray[Any]]) -> NoReturn:
-    first = list(arrays[0].shape[1:])
-    other = next(k for k, array in enumerate(arrays) if list(array.shape[1:]) != first)
+    full = [k for k, array in enumerate(arrays) if len(array)]
+    first = list(arrays[full[0]].shape[1:])
+    other = next(k for k in full if list(arrays[k].shape[1:]) != first)
     found = list(arrays[other].shape[1:])
     problem = f"feature {name!r} has shape {first} per token in one record, {found} in another"
     hint = "give the feature the same shape per token in every record"
-    fail(caller, f"{problem} (segments 0 and {other} of the batch)", hint)
+    fail(caller, f"{problem} (segments {full[0]} and {other} of the batch)", hint)
 
 
 def _pad(caller: str, name: str, pad_value: float, dtype: np.dtype[Any]) -> Any:
     """Return the pad value as `dtype`, if it is one of its values."""
     if pad_value == 0:
         return np.zeros((), dtype)
-    hint = "pass pad_value={feature: number} with a number that the dtype has"
     try:
         with np.errstate(all="ignore"):
             cast = np.asarray(pad_value).astype(dtype)
+        if dtype.kind in "biu" or (dtype.kind == "V" and not np.asarray(0.5).astype(dtype)):  # int4
+            same = cast == pad_value
+        else:  # floats may round; they may not become infinite
+            same = np.isfinite(cast) == np.isfinite(pad_value)
     except (OverflowError, ValueError):
-        fail(caller, f"pad_value {pad_value!r} of feature {name!r} is no {dtype}", hint)
-    # Floats may round; they may not become infinite.
-    same = cast == pad_value if dtype.kind in "biu" else np.isfinite(cast) == np.isfinite(pad_value)
+        same = np.False_
     if not same:
+        hint = "pass pad_value={feature: number} with a number that the dtype has"
         fail(caller, f"pad_value {pad_value!r} of feature {name!r} is no {dtype}", hint)
     return cast
 
@@ -326,13 +364,16 @@ _as_int32 = as_int32  # the method `fill` has an argument of this name
 
 
 def entries_of(value: Any) -> Mapping[Any, Any] | None:
-    """Return the entries of a dict, tuple or NamedTuple by name; None for anything else."""
+    """Return the entries of a dict, tuple or NamedTuple by name; None for anything else.
+
+    A tuple of numbers alone is an array, as a list is.
+    """
     if isinstance(value, Mapping):
         return value
     if isinstance(value, tuple):
         if hasattr(value, "_fields"):
             return dict(zip(value._fields, value, strict=True))
-        if not all(isinstance(each, int | np.integer) for each in value):  # else it is an array
+        if not all(isinstance(each, _NUMBER) for each in value):  # else it is an array
             return {str(k): each for k, each in enumerate(value)}
     return None
 
@@ -357,7 +398,10 @@ def flatten_into(
 
 
 def as_numbers(caller: str, what: str, value: Any) -> NDArray[Any]:
-    """Return an array of numbers; strings, objects and masked values are an error."""
+    """Return an array of numbers; strings, objects and masked values are an error.
+
+    So are integers that only floats hold, such as `[1, 2**63]`, which NumPy would round.
+    """
     if np.ma.is_masked(value):
         fail(caller, f"{what} has masked entries", "fill them, or leave them out")
     try:
@@ -367,6 +411,9 @@ def as_numbers(caller: str, what: str, value: Any) -> NDArray[Any]:
     if not array.size and isinstance(value, list | tuple):  # nothing has no dtype
         return array.astype(np.int64)
     kind = array.dtype.kind
+    if kind == "f" and isinstance(value, list | tuple) and (abs(array) >= 2**63).any():
+        if all(isinstance(each, _INTEGER) for each in np.asarray(value, object).flat):
+            fail(caller, f"{what} holds integers beyond int64", "give its array a dtype")
     if kind not in "biufc" and (kind != "V" or array.dtype.type is np.void):  # "V": bfloat16
         hint = "map strings and objects to integers"
         fail(caller, f"{what} has dtype {array.dtype}, which is not of numbers", hint)

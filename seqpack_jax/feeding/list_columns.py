@@ -61,7 +61,9 @@ class View(NamedTuple):
         """Return row `k`: an array, or a scalar."""
         if self.offsets is not None:
             return self.values[self.offsets[k] : self.offsets[k + 1]]
-        return self.values[k] if self.width is None else self.values[k * self.width :][: self.width]
+        if self.width is None:
+            return self.values[k]
+        return self.values[k * self.width : (k + 1) * self.width]
 
     def sizes(self, rows: int) -> Int64:
         """Return how many values each of the rows has: int64 `[rows]`."""

@@ -1,15 +1,11 @@
-"""A random-access source of packed rows, for Grain or without it.
-
-`PackedSource` needs to know all lengths beforehand and gives the most: dense rows, a known number
-of steps, random access and exact resume.
-"""
+"""A random-access source of packed rows, for Grain or without it."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +28,7 @@ __all__ = ["PackedSource"]
 
 
 _BLOCK_ROWS = 1024  # rows of this process whose bins are drawn at once, when read in order
-_RUN = 16  # single rows that are filled at once, when read in order
+_RUN = 32  # single rows that are filled at once, when read in order
 
 
 class _Drawn(NamedTuple):
@@ -196,18 +192,21 @@ class PackedSource:
     def settings(self) -> dict[str, Any]:
         """What determines the rows beside plan, pools and seed, as JSON has it.
 
-        Batches, shards and the number of epochs are no part of it: they may change when a run goes
-        on.  Of a transform it says only that there is one.
+        What is at its default is left out, so that states outlive options that are added later.
+        Batches, shards, the number of epochs and what arrays are called are no part of it: they may
+        change when a run goes on.  Of a transform it says only that there is one.
         """
-        return {
-            "shuffle": self.shuffle,
-            "zones": self.zones,
-            "over_length": repr(self.pools.over_length),
-            "features": repr(self.features),
-            "bos_id": self._ends.bos,
-            "eos_id": self._ends.eos,
-            "transform": self.transform is not None,
+        policy, ends = self.pools.over_length, self._ends
+        chosen: dict[str, tuple[Any, Any]] = {
+            "shuffle": (self.shuffle, True),
+            "zones": (self.zones, 1),
+            "bos_id": (ends.bos, {}),
+            "eos_id": (ends.eos, {}),
+            "transform": (self.transform is not None, False),
         }
+        for each in fields(policy):
+            chosen[f"over_length.{each.name}"] = (getattr(policy, each.name), each.default)
+        return {name: value for name, (value, default) in chosen.items() if value != default}
 
     @property
     def stats(self) -> PackingStats:
@@ -392,6 +391,7 @@ class PackedSource:
             "remainder": self.remainder,
             "start": self._schedule.start,
             "permutation": PERMUTATION_VERSION,
+            "features": self.features,
         }
         facts |= self.settings
         return f"PackedSource({', '.join(f'{name}={value}' for name, value in facts.items())})"

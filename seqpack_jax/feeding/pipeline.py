@@ -14,7 +14,6 @@ from seqpack_jax.errors import OVER_LENGTH_HINT, check_int, fail
 from seqpack_jax.feeding.features import Features, make_features
 from seqpack_jax.feeding.packed_source import PackedSource
 from seqpack_jax.feeding.reading import make_ends, read_records
-from seqpack_jax.feeding.sequences import FlatSequences
 from seqpack_jax.planning.histogram import Int64, SequencePools, group_ids
 from seqpack_jax.planning.over_length import (
     OverLength,
@@ -149,8 +148,11 @@ def _lengths_of(
     """
     if lengths is not None and not callable(lengths):
         return _given(caller, records, features, lengths)
-    if lengths is None and isinstance(records, FlatSequences):
-        return records.lengths[:, None]
+    if lengths is None and features.single:
+        lengths = getattr(records, "lengths", None)  # of FlatSequences, or what `open_table` gives
+        if isinstance(lengths, np.ndarray):
+            return _given(caller, records, features, lengths)
+        lengths = None
     try:
         size = len(records)
         measure = lengths or _measure_of(caller, features, records[0] if size else ())

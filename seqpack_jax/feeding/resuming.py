@@ -7,7 +7,6 @@ of processes, of worker processes, or of rows per batch, and no row is fed twice
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import threading
@@ -21,8 +20,8 @@ import numpy as np
 
 from seqpack_jax.errors import check_int, fail
 from seqpack_jax.feeding.hosts import check_processes as compare_processes
-from seqpack_jax.feeding.parcel import Parcel, SentSource, end_with_parent
 from seqpack_jax.feeding.packed_source import PackedSource
+from seqpack_jax.feeding.parcel import Parcel, SentSource, end_with_parent
 from seqpack_jax.permutation import PERMUTATION_VERSION
 
 __all__ = ["PackedDataset", "PackedIterator"]
@@ -45,11 +44,12 @@ class PackedDataset(grain.IterDataset):  # type: ignore[misc]
     Iterators have a small JSON state, equal on all processes:
 
         {"format": "seqpack_jax.packed", "version": 1, "epoch": 3, "rows": 4096, "seed": 0,
-         "plan": digest, "pools": digest, "permutation": 1, "settings": digest}
+         "plan": digest, "pools": digest, "permutation": 1, "settings": "{}"}
 
     `set_state` goes on with row 4096 of epoch 3, with any number of processes and workers, any
     `batch_size` and `remainder`, and more `epochs`.  What determines the rows must be the same, and
-    else is an error.  Items are the same for any number of workers.
+    else is an error; `settings` are those of the source.  Items are the same for any number of
+    workers.
 
     It checkpoints through `grain.checkpoint`, and in both generations of Orbax.  They keep a file
     per process, which only as many processes read; to go on with more or fewer, save the state as
@@ -129,13 +129,12 @@ class PackedDataset(grain.IterDataset):  # type: ignore[misc]
         Time: that of `plan.digest()` and `pools.digest()`, once.
         """
         source = self.source
-        settings = json.dumps(source.settings, sort_keys=True).encode()
         return {
             "seed": source.seed,
             "plan": source.plan.digest(),
             "pools": source.pools.digest(),
             "permutation": PERMUTATION_VERSION,
-            "settings": hashlib.blake2b(settings, digest_size=16).hexdigest(),
+            "settings": json.dumps(source.settings, sort_keys=True),
         }
 
     def __iter__(self) -> PackedIterator:
@@ -335,10 +334,7 @@ def _check_state(dataset: PackedDataset, state: Any) -> tuple[int, int]:
     wrong = [name for name in known if state.get(name) != known[name]]
     if wrong:
         values = [f"{name} {state.get(name)!r}, here it is {known[name]!r}" for name in wrong]
-        hint = _HINTS[wrong[0]]
-        if wrong[0] == "settings":
-            hint += f"; these are {dataset.source.settings}"
-        fail(caller, f"the state has the {'; the '.join(values)}", hint)
+        fail(caller, f"the state has the {'; the '.join(values)}", _HINTS[wrong[0]])
     source = dataset.source
     epoch = check_int(caller, "epoch", state.get("epoch"), 0)
     if epoch > source.epochs:

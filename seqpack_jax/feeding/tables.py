@@ -46,8 +46,8 @@ def open_table(
 ) -> TableSequences | DatasetSequences | FlatSequences | KeyedSequences:
     """Open columns of lists as sequences, one per row, without a copy where there can be none.
 
-    Lists (of any Arrow list type) become arrays of the dtype of their column, lists of
-    `fixed_size_list[d]` arrays `[T, d]`, plain columns scalars; numbers and booleans all of them.
+    Lists (`list`, `large_list` or `fixed_size_list`) become arrays of the dtype of their column,
+    lists of `fixed_size_list[d]` arrays `[T, d]`, plain columns scalars; numbers and booleans all.
 
     Time: O(batches of the table).  Parquet, which cannot be mapped, is written once as an Arrow
     file into `work_dir`, or as a token store for one column (see `open_sequences`), in bounded
@@ -221,6 +221,9 @@ class DatasetSequences:
     def __init__(self, dataset: Any, columns: Names) -> None:
         self.columns = columns if isinstance(columns, str | Mapping) else tuple(columns)
         names = names_of(columns)
+        if not isinstance(dataset.column_names, list) or not hasattr(dataset, "__len__"):
+            problem = f"a {type(dataset).__name__} is no datasets.Dataset of known length"
+            fail(CALLER, problem, "name a split of a DatasetDict; PackIterDataset takes streams")
         check_columns(dataset.column_names, names)
         wanted = list(dict.fromkeys(names.values()))
         self._rows = dataset.select_columns(wanted).with_format("arrow")
@@ -250,7 +253,6 @@ class DatasetSequences:
         """Return the rows of these ids, in their order, read in the order of storage."""
         places = places_of("DatasetSequences", ids, len(self))
         rising, order = np.unique(places, return_inverse=True)
-        # One chunk of all rows: looking into many of one row each takes longer than this copy.
         # One chunk of all rows: looking into many of one row each takes longer than this copy.
         table, names = self._rows[rising.tolist()].combine_chunks(), names_of(self.columns)
         read: list[Any] = []

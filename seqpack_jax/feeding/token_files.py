@@ -67,8 +67,8 @@ def open_flat(
     The header of llm.c's files (256 int32: 20240520 and version 1 before uint16 tokens, 20240801
     and version 7 before uint32) is recognised.
 
-    Time: O(tokens) where offsets have to be found, else O(sequences).  Memory: 8 bytes per sequence
-    and a block of tokens, while offsets are found; afterwards all is mapped.
+    Time: O(tokens) where offsets have to be found, else O(sequences).  Memory: 16 bytes per
+    sequence and a block of tokens, while offsets are found; afterwards all is mapped.
 
     Args:
         path: a local file; with `separator` also a glob or a list of files, whose ids go on from
@@ -86,7 +86,7 @@ def open_flat(
 
     Raises:
         SeqpackError: a file is missing or cut short, the dtype is missing or not that of the
-            header, the separator occurs nowhere, offsets do not fit, or `work_dir` is missing.
+            header, the separator occurs in no file, offsets do not fit, or `work_dir` is missing.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -118,7 +118,7 @@ def open_flat(
     token = check_int(caller, "separator", separator)
     if separator_at is not None:
         check_choice(caller, "separator_at", separator_at, ("start", "end"))
-    parts = []
+    parts, is_there = [], not any(file.tokens for file in files)
     for file in files:
         tokens, at = _map_tokens(file), separator_at or file.separator_at
         found = _kept_offsets(
@@ -126,27 +126,30 @@ def open_flat(
             work_dir,
             file.path,
             [file.dtype.str, file.offset, token, at],
-            partial(_cut, caller, file.path, tokens, token, at),
+            partial(_cut, tokens, token, at),
         )
         parts.append(FlatSequences(tokens, found))
+        is_there |= len(found) > 2 or token in (*tokens[:1].tolist(), *tokens[-1:].tolist())
+    if not is_there:  # a file of several may be the inside of one document
+        where = files[0].path if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
+        problem = f"token {token} occurs nowhere in {where}, read as {files[0].dtype}"
+        fail(caller, problem, "check separator and dtype")
     return parts[0] if len(parts) == 1 else JoinedSequences(parts)
 
 
-def _cut(caller: str, path: Path, tokens: NDArray[Any], separator: int, at: str) -> Int64:
+def _cut(tokens: NDArray[Any], separator: int, at: str) -> Int64:
     """Return the offsets of documents that are separated by a token: int64 `[n + 1]`."""
     limits = np.iinfo(tokens.dtype)
-    found = [np.zeros(0, np.int64)]
+    found = [np.zeros(1, np.int64)]
     if limits.min <= separator <= limits.max:
         for start in range(0, len(tokens), _BLOCK_TOKENS):
             block = np.flatnonzero(tokens[start : start + _BLOCK_TOKENS] == separator)
             found.append(block + (start + (at == "end")))
-    cuts = np.concatenate(found)
-    if len(tokens) and not len(cuts):
-        problem = f"token {separator} occurs nowhere in {path}, read as {tokens.dtype}"
-        fail(caller, problem, "check separator and dtype")
-    ends = [np.zeros(1, np.int64), cuts, np.full(1, len(tokens), np.int64)]
+    if not len(tokens):
+        return found[0]
+    offsets: Int64 = np.concatenate([*found, np.full(1, len(tokens), np.int64)])
     # Of documents without tokens there are none: two separators in a row are a document of one.
-    return np.unique(np.concatenate(ends)) if len(tokens) else ends[0]
+    return offsets[int(offsets[1] == 0) : len(offsets) - int(offsets[-2] == len(tokens))]
 
 
 def _flat_file(caller: str, path: Path, dtype: DTypeLike | None) -> _Flat:
@@ -187,11 +190,11 @@ def _map_tokens(file: _Flat) -> NDArray[Any]:
     return np.memmap(file.path, file.dtype, "r", file.offset, (file.tokens,))
 
 
-def _map_npy(caller: str, path: Path) -> NDArray[Any]:
+def _map_npy(caller: str, path: Path, hint: str = "pass a .npy file of integers") -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        fail(caller, f"{path} cannot be read ({error})", "pass a .npy file of integers")
+        fail(caller, f"{path} cannot be read ({error})", hint)
     return check_integers(caller, str(path), array)
 
 
@@ -235,7 +238,8 @@ def _kept_offsets(
     def write(target: Path) -> None:
         write_array(target, make(), INT64)
 
-    return _map_npy(caller, kept_file(caller, work_dir, path, "offsets", ".npy", facts, write))
+    kept = kept_file(caller, work_dir, path, "offsets", ".npy", facts, write)
+    return _map_npy(caller, kept, "delete it, so that it is made again")
 
 
 def kept_file(
@@ -269,6 +273,10 @@ def kept_file(
         with file_lock(caller, work / f".{target.name}.lock"):
             if not target.exists():
                 write(target)
+                now = path.stat()
+                if (now.st_size, now.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+                    target.unlink()
+                    fail(caller, f"{path} was changed while it was read", "open it again")
     return target
 
 

@@ -69,7 +69,7 @@ def unpack_batch(
         [[0.5, 1.5], [2.5]]
     """
     caller = "unpack_batch"
-    real, offsets, array = _segments_of(caller, flat_names(batch), feature, values)
+    real, offsets, array = _segments_of(caller, _named(caller, batch), feature, values)
     if feature is None and values is None:
         return FlatSequences(array[real], offsets)
     return _split(array[real], offsets)
@@ -86,7 +86,8 @@ def unpack_by_id(
 
     So results come back in the order of the input, whatever rows the sequences were in: merge the
     dicts of all batches and read them in the order of ids.  Pieces of split sequences have ids of
-    their own.
+    their own; save in a stream (`PackIterDataset`), where they have that of their record, so that
+    two of them in one batch are an error here.
 
     Time: O(B * L), and a slice per segment.
 
@@ -94,15 +95,15 @@ def unpack_by_id(
         batch: as for `unpack_batch`, with `ids` `[B, max_segments]`: packed with `metadata=True`.
         feature: what to return; None for the tokens.
         values: return these instead.
-        once: the feature or the values come once per sequence, `[B, max_segments, ...]`, and not
-            once per token, `[B, L, ...]`.
+        once: the feature or the values, one of which must be given, come once per sequence,
+            `[B, max_segments, ...]`, and not once per token, `[B, L, ...]`.
 
     Returns:
         `{id: array}`, `[tokens, ...]` of each sequence, or `[...]` if `once`.
 
     Raises:
         SeqpackError: the batch has no ids, or not one per segment, or an id twice; or arrays have
-            another shape.
+            another shape, or there is nothing to return `once`.
 
     Example:
         >>> batch = {
@@ -117,13 +118,16 @@ def unpack_by_id(
         >>> unpack_by_id(batch, values=[["b", "a"], ["c", ""]], once=True)[1].item()
         'c'
     """
-    caller, named = "unpack_by_id", flat_names(batch)
+    caller = "unpack_by_id"
+    named = _named(caller, batch)
     if "ids" not in named:
         fail(caller, "the batch has no ids", "pack with metadata=True and max_segments")
     ids = np.asarray(named["ids"])
     known = ids >= 0
     if once:
-        array = np.asarray(_get(caller, named, feature or "tokens") if values is None else values)
+        if feature is None and values is None:
+            fail(caller, "once=True of the tokens", "pass a feature or values of each sequence")
+        array = np.asarray(_get(caller, named, feature or "") if values is None else values)
         if array.shape[:2] != ids.shape:
             problem = f"values are {array.shape}, ids {ids.shape}"
             fail(caller, problem, "pass arrays [B, max_segments, ...], or leave out once=True")
@@ -138,7 +142,10 @@ def unpack_by_id(
     by_id = dict(zip(found, each, strict=True))
     if len(by_id) != len(found):
         twice = next(id for id in found if found.count(id) > 1)
-        fail(caller, f"the id {twice} is in the batch twice", "unpack one epoch at a time")
+        hint = (
+            "unpack one epoch at a time; or use unpack_batch for the pieces of a stream's records"
+        )
+        fail(caller, f"the id {twice} is in the batch twice", hint)
     return by_id
 
 
@@ -149,6 +156,14 @@ def flat_names(batch: Any, prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping)
         flat |= flat_names(value, f"{prefix}{name}/") if inner else {f"{prefix}{name}": value}
     return flat
+
+
+def _named(caller: str, batch: Any) -> dict[str, Any]:
+    """Return the arrays of a batch by name, if it is one."""
+    if not isinstance(batch, Mapping) and not hasattr(batch, "asdict"):
+        problem = f"batch is a {type(batch).__name__}"
+        fail(caller, problem, "pass a PackedBatch, or a dict of its arrays by name")
+    return flat_names(batch)
 
 
 def _get(caller: str, named: Mapping[str, Any], name: str) -> Any:
@@ -162,8 +177,14 @@ def _segments_of(
     caller: str, named: Mapping[str, Any], feature: str | None, values: ArrayLike | None
 ) -> tuple[NDArray[np.bool_], Int64, NDArray[Any]]:
     """Return which tokens are real, where in those each segment starts, and what to unpack."""
-    own = f"{feature}_segment_ids"
-    segment_ids = np.asarray(_get(caller, named, own if own in named else "segment_ids"))
+    own = f"{feature or 'tokens'}_segment_ids"
+    every = [ids for ids in named if _is_segment_ids(named, ids)]
+    if own not in every and "segment_ids" not in named:
+        if own not in named:
+            hint = "unpack batches in the key style 'default' or 'grain'; or name the feature"
+            fail(caller, f"the batch has no 'segment_ids' and no {own!r}", hint)
+        every = [own]
+    segment_ids = np.asarray(named[own if own in every else "segment_ids"])
     array = np.asarray(_get(caller, named, feature or "tokens") if values is None else values)
     if segment_ids.ndim != 2 or array.shape[:2] != segment_ids.shape:
         what = "values" if values is not None else feature or "tokens"
@@ -171,14 +192,24 @@ def _segments_of(
         fail(caller, problem, "pass whole batches, or add an axis: array[None]")
     if feature is None and values is None and array.ndim != 2:
         fail(caller, f"tokens are {array.shape}, not [B, L]", "name the feature: feature='tokens'")
+    levanter = {"tokens", "loss_mask", "pos_ids"} <= named.keys() and "positions" not in named
+    if levanter or int(segment_ids.min(initial=0)) < 0:
+        problem = "segment ids count from 0, as in the key style 'levanter'"
+        fail(caller, problem, "unpack batches in the key style 'default' or 'grain'")
     real = segment_ids > 0
-    if own in named:
-        every = [np.asarray(named[name]) for name in named if name.endswith("segment_ids")]
-        return real, offsets_of(_counted_lengths(segment_ids, every)), array
+    if own in every:
+        arrays = [np.asarray(named[name]) for name in every]
+        return real, offsets_of(_counted_lengths(segment_ids, arrays)), array
     starts = np.diff(segment_ids, axis=1, prepend=0) != 0
     starts[:, :1] = True  # a row never goes on from the row before
     first = np.flatnonzero(starts[real])
     return real, np.append(first, np.count_nonzero(real)), array
+
+
+def _is_segment_ids(named: Mapping[str, Any], name: str) -> bool:
+    """Tell whether an array is the segment ids of one feature, and no feature called so."""
+    feature = name.removesuffix("_segment_ids")
+    return name != feature and feature in named and f"{feature}_positions" in named
 
 
 def _counted_lengths(segment_ids: NDArray[Any], every: list[NDArray[Any]]) -> Int64:
@@ -273,10 +304,7 @@ def _check_arrays(
     caller: str, batch: Batch | Mapping[str, Any]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return the segment ids and the positions, once their form and that of the tokens is right."""
-    if not isinstance(batch, Mapping) and not hasattr(batch, "asdict"):
-        problem = f"batch is a {type(batch).__name__}"
-        fail(caller, problem, "pass a PackedBatch, or a dict of its arrays by name")
-    named = batch if isinstance(batch, Mapping) else batch.asdict()
+    named = _named(caller, batch)
     arrays = {}
     for name in ("tokens", "segment_ids", "positions"):
         if name not in named:

@@ -17,11 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import check_int, check_integers, fail
+from seqpack_jax.feeding.layout import entries_of
 from seqpack_jax.feeding.reading import read_records
 
 __all__ = ["JoinedSequences", "RecordSequences", "places_of"]
 
 _BLOCK_RECORDS = 4096  # that a thread measures at once
+_THREADS = 4  # that read a part of joined sources without `__getitems__`
 
 Int64 = NDArray[np.int64]
 
@@ -30,14 +32,17 @@ class JoinedSequences:
     """Several sources of sequences, one after another: the ids of each go on from the one before.
 
     For data sets in many files.  What is pickled is as small as that of the parts, compressed.
+    The ids of a part are read in the order of storage, by one call of its `__getitems__`, else by a
+    few threads.
 
     Time: O(log parts) to find a sequence.
 
     Attributes:
-        parts: sources with `len()` and `[id]`, and `lengths` if theirs are asked for.
+        parts: sources with `len()` and `[id]`.  The lengths of one without `lengths` are counted;
+            those of records are of the feature `"tokens"`.
 
     Raises:
-        SeqpackError: there are no parts.
+        SeqpackError: there are no parts; when lengths are counted, a record has no tokens.
 
     Example:
         >>> joined = JoinedSequences([[np.array([7, 8]), np.array([9])], [np.array([5, 5, 5])]])
@@ -76,9 +81,8 @@ class JoinedSequences:
         for k in np.unique(of_part).tolist():
             where = np.flatnonzero(of_part == k)
             where = where[np.argsort(places[where], kind="stable")]
-            part, inner = self.parts[k], (places[where] - self._starts[k]).tolist()
-            read = getattr(part, "__getitems__", None)
-            values = read(inner) if read else [part[i] for i in inner]
+            part, inner = self.parts[k], places[where] - self._starts[k]
+            values = read_records("JoinedSequences", part, inner, _THREADS)
             for place, value in zip(where.tolist(), values, strict=True):
                 found[place] = value
         return found
@@ -94,7 +98,24 @@ class JoinedSequences:
 
 
 def _sizes(part: Any) -> Int64:
-    return np.fromiter((len(part[k]) for k in range(len(part))), np.int64, len(part))
+    sizes = (_count("JoinedSequences", part[k], "tokens", k) for k in range(len(part)))
+    return np.fromiter(sizes, np.int64, len(part))
+
+
+def _count(caller: str, record: Any, feature: str, index: int) -> int:
+    """Return how many tokens a record has: an array, or a dict or tuple with a feature "a/b"."""
+    found, path = record, feature.split("/")
+    while (entries := entries_of(found)) is not None and path:
+        names = {str(name): value for name, value in entries.items()}
+        if path[0] not in names:
+            problem = f"record {index} has no feature {feature!r}, but {sorted(names)}"
+            fail(caller, problem, "name one of them as RecordSequences(..., feature=...)")
+        found = names[path.pop(0)]
+    is_array = hasattr(found, "__len__") and getattr(found, "ndim", 1) > 0
+    if entries is not None or isinstance(found, str | bytes) or not is_array:
+        problem = f"record {index} is a {type(found).__name__}, not an array of tokens"
+        fail(caller, problem, "pass RecordSequences a function that decodes records")
+    return len(found)
 
 
 def places_of(caller: str, ids: ArrayLike, size: int) -> Int64:
@@ -121,7 +142,7 @@ class RecordSequences:
         source: has `len()` and `[id]`.
         decode: makes an array of tokens, or a dict of features, of what the source returns; None
             where it returns these itself.  It is pickled for workers: a function of a module.
-        feature: which feature of a dict counts for the length.
+        feature: which feature of a dict or tuple counts for the length; in nested ones "a/b".
         length_of: the length, in tokens, of what the source returns, where that is quicker than
             `decode`, for example `lambda record: len(record) // 4`.
         lengths: integers `[n]`, if they are known.
@@ -129,7 +150,7 @@ class RecordSequences:
 
     Raises:
         SeqpackError: `lengths` are not as many as records; when measuring, a record has no such
-            feature.
+            feature or is none, or `length_of` returns something else than an integer from 0.
 
     Example:
         >>> records = [np.array([7, 8], "<i4").tobytes(), np.array([9], "<i4").tobytes()]
@@ -177,15 +198,10 @@ class RecordSequences:
         return np.fromiter(sizes, np.int64, len(ids))
 
     def _length(self, index: int, raw: Any) -> int:
+        caller = "RecordSequences"
         if self.length_of is not None:
-            return int(self.length_of(raw))
-        record = self._decoded(index, raw)
-        if isinstance(record, dict):
-            if self.feature not in record:
-                problem = f"record {index} has no feature {self.feature!r}, but {sorted(record)}"
-                fail("RecordSequences", problem, "name one of them as feature=...")
-            record = record[self.feature]
-        return len(record)
+            return check_int(caller, f"length_of(record {index})", self.length_of(raw), 0)
+        return _count(caller, self._decoded(index, raw), self.feature, index)
 
     def _decoded(self, index: int, raw: Any) -> Any:
         if self.decode is None:

@@ -39,6 +39,7 @@ __all__ = ["MAX_ZONES", "Zones", "pools_of_slots"]
 MAX_ZONES = 1 << 16
 _CACHED_BYTES = 1 << 25  # of tables of zones
 _CACHED_ZONES = 4  # at least
+_BLOCK = 1 << 18  # bins whose zones are computed at once
 _GOLDEN = np.uint64(0x9E3779B9)  # 2**32 / golden ratio
 # With the key of an epoch, they seed what concerns all zones; a zone is seeded by key and number.
 _ORDER, _TURN = -1, -2
@@ -106,7 +107,7 @@ class Zones:
         """Return where bins are: zone, template, and number among the bins of both; each `[b]`.
 
         Time: O(result + zones), and O(size of the plan) for each zone that was not read lately;
-        O(zones * templates) once.
+        once, at most O(zones * templates), less where templates have fewer bins than zones.
 
         Args:
             index: int64 `[b]`, in the order of the epoch.
@@ -191,8 +192,27 @@ class Zones:
 
     @cached_property
     def _sizes(self) -> Int64:
-        """How many bins each zone has: int64 `[zones]`."""
-        return np.diff([int(self._below(edge).sum()) for edge in range(self.count + 1)])
+        """How many bins each zone has: int64 `[zones]`.
+
+        All have `m // k` bins of a template.  Of the rest, `r = m % k`, bin `j` is in the zone
+        `floor((j + u) * k / r)`; these are counted some templates at a time.
+        """
+        whole, rest = divmod(self.plan.multiplicity, self.count)
+        sizes = np.full(self.count, whole.sum())
+        some = np.flatnonzero(rest)
+        starts = offsets_of(rest[some])
+        first = 0
+        while first < len(some):
+            last = int(np.searchsorted(starts, starts[first] + _BLOCK))
+            of = some[first:last]
+            owner = np.repeat(np.arange(len(of)), rest[of])
+            bins = (np.arange(len(owner)) + starts[first] - starts[first:last][owner]).astype("u8")
+            # In units of 2**-32, which are below 2**48, times the zones: below 2**64.
+            phase = (bins << np.uint64(32)) + self._offsets[of][owner]
+            zone = phase * np.uint64(self.count) // (rest[of].astype("u8") << np.uint64(32))[owner]
+            sizes += np.bincount(zone.astype(np.int64), minlength=self.count)
+            first = last
+        return sizes
 
     @cached_property
     def _slots(self) -> _Slots:
@@ -279,7 +299,10 @@ def _shares(slots: _Slots, totals: Int64) -> Int64:
 
 def _parts(zone: Int64) -> list[tuple[int, Any]]:
     """Return each zone that occurs, and where."""
-    distinct = np.unique(zone).tolist()
-    if len(distinct) == 1:
-        return [(distinct[0], slice(None))]
-    return [(each, np.flatnonzero(zone == each)) for each in distinct]
+    if not len(zone):
+        return []
+    if (zone == zone[0]).all():
+        return [(int(zone[0]), slice(None))]
+    order = np.argsort(zone.astype(np.uint16), kind="stable")  # a radix sort
+    starts = np.flatnonzero(np.diff(zone[order], prepend=-1))
+    return list(zip(zone[order[starts]].tolist(), np.split(order, starts[1:]), strict=True))

@@ -49,7 +49,7 @@ class Templates(NamedTuple):
     multiplicity: Int64  # [t]
 
 
-class _Tree:
+class Tree:
     """What bins hold: node `i` adds `repeats[i]` sequences of `lengths[i]` to `parents[i]`."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def best_fit_decreasing(
     Time: O(steps * log(rooms in use)), with a step for each group that a run meets; in practice
     the size of the templates.
     """
-    tree = _Tree()
+    tree = Tree()
     parents, lengths, repeats = tree.parents, tree.lengths, tree.repeats  # this is the hot loop
     cap = max_segments or max_seq_len
     # room -> [(sequences held, node, bins), ...], the bins with the most sequences last
@@ -166,7 +166,7 @@ class _Groups(NamedTuple):
     room: Int64  # tokens
     more: Int64  # sequences that may still be added
 
-    def add(self, tree: _Tree, length: int, repeats: Int64) -> _Groups:
+    def add(self, tree: Tree, length: int, repeats: Int64) -> _Groups:
         """Put `repeats` sequences of `length` into each bin of each group."""
         changed = np.flatnonzero(repeats)
         node = self.node.copy()
@@ -185,7 +185,7 @@ class _Workspace:
     """Open and closed groups; the part that first and worst fit share."""
 
     def __init__(self, counts: Int64, max_seq_len: int, max_segments: int | None) -> None:
-        self.tree = _Tree()
+        self.tree = Tree()
         self.runs = _runs(counts)
         self.shortest = self.runs[-1][0] if self.runs else 0
         more = max_segments or max_seq_len
@@ -285,7 +285,7 @@ def _events(groups: _Groups, length: int, level: int) -> Int64:
     return np.minimum(events, groups.more)
 
 
-def _level(tree: _Tree, groups: _Groups, length: int, count: int) -> _Groups:
+def _level(tree: Tree, groups: _Groups, length: int, count: int) -> _Groups:
     """Give `count` sequences of `length`, fewer than fit, to the emptiest bins."""
     low, high = length, int(groups.room.max()) + 1  # events at low or more > count >= at high
     while high - low > 1:

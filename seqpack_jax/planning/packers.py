@@ -184,7 +184,8 @@ def pack_sequences(
         [[2, 3], [1, 0]]
     """
     caller = "pack_sequences"
-    if not isinstance(max_seq_len, int | np.integer) and hasattr(max_seq_len, "__iter__"):
+    several = hasattr(max_seq_len, "__iter__") and getattr(max_seq_len, "ndim", 1) > 0
+    if several and not isinstance(max_seq_len, str | bytes | Mapping):
         for name, value, only in (
             ("algorithm", algorithm, "best_fit_decreasing"),
             ("tolerance", tolerance, 1),

@@ -10,7 +10,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import MAX_LENGTH, check_int, fail
 from seqpack_jax.planning.counts import Int64
-from seqpack_jax.planning.heuristics import Templates, _Tree
+from seqpack_jax.planning.heuristics import Templates, Tree
 
 __all__ = [
     "NO_CAP",
@@ -27,13 +27,13 @@ __all__ = [
     "check_cap",
     "check_vectors",
     "falling",
-    "fill_bins",
     "place_classes",
     "volume_of",
     "weights_of",
 ]
 
 NO_CAP = 2**62  # segments
+_FEW = 8  # items of a class that are placed one group at a time
 _Floats = NDArray[np.float64]
 
 
@@ -146,7 +146,8 @@ def check_vectors(
 
     Time: O(n * k).
     """
-    if isinstance(capacities, str | bytes) or not hasattr(capacities, "__iter__"):
+    several = hasattr(capacities, "__iter__") and getattr(capacities, "ndim", 1) > 0
+    if isinstance(capacities, str | bytes | Mapping) or not several:
         fail(caller, f"{name} = {capacities!r}", "pass one capacity per column of lengths")
     limits = tuple(
         check_int(caller, f"{name}[{column}]", limit, 1, MAX_LENGTH)
@@ -229,48 +230,78 @@ def falling(vectors: Int64, limits: tuple[int, ...], size: str) -> Int64:
 
 
 class _Groups:
-    """Groups of bins that hold the same, as parallel arrays that grow in place."""
+    """Groups of bins that hold the same, as parallel arrays that grow in place.
+
+    The first `in_order` of them are sorted, the fullest first, so that the search for one stops
+    early.  What changes moves to the end, and now and then all are sorted again.  A group that can
+    take nothing more, or has no bins left, has a room of -1.
+    """
 
     def __init__(self, limits: tuple[int, ...], weights: _Floats, cap: int) -> None:
-        self.tree = _Tree()
-        self.limits, self.weights, self.cap = limits, weights, cap
-        self.size = 0
+        self.tree = Tree()
+        self.limits, self.weights, self.cap = limits, weights.tolist(), cap
+        self.size = self.in_order = 0
         self.node, self.bins, self.more = np.zeros((3, 64), np.int64)
         self.room = np.zeros((len(limits), 64), np.int64)
         self.score = np.zeros(64)
         self.closed: list[tuple[Int64, Int64]] = []  # nodes and bins
-        self._close_at = 64
 
     def place(self, vector: list[int], number: int, count: int) -> None:
         """Put `count` items of one class into the fullest bins with room, and into new ones.
 
         An item leaves its bin the fullest that has room, so a class fills one bin after another.
         """
-        index = self._fullest(vector, count)
-        fit = self.more[index]
-        for room, length in zip(self.room, vector, strict=True):
-            if length:
-                fit = np.minimum(fit, room[index] // length)
-        taken = offsets_of(fit * self.bins[index])
-        filled = int(np.searchsorted(taken, count, side="right")) - 1  # groups, of all their bins
-        self._add(index[:filled], vector, number, fit[:filled])
-        count -= int(taken[filled])
-        if count and filled < len(index):
-            self._split(int(index[filled]), vector, number, int(fit[filled]), count)
-        elif count:
+        while 0 < count <= _FEW and (group := self._first(vector)) >= 0:
+            count -= self._fill(group, vector, number, count)
+        if count > _FEW:
+            index = self._fullest(vector, count)
+            fit = self.more[index]
+            for room, length in zip(self.room, vector, strict=True):
+                if length:
+                    fit = np.minimum(fit, room[index] // length)
+            taken = offsets_of(fit * self.bins[index])
+            filled = int(np.searchsorted(taken, count, side="right")) - 1  # groups, of all bins
+            self._add(index[:filled], vector, number, fit[:filled])
+            count -= int(taken[filled])
+            if count and filled < len(index):
+                count -= self._fill(int(index[filled]), vector, number, count)
+        if count:
             pairs = zip(self.limits, vector, strict=True)
             fit_new = min(self.cap, *(limit // length for limit, length in pairs if length))
-            new = self._append(0, -(-count // fit_new), self.cap, np.array(self.limits))
-            self._split(new, vector, number, fit_new, count)
+            new = self._append(0, -(-count // fit_new), self.cap, list(self.limits))
+            self._fill(new, vector, number, count)
+
+    def _first(self, vector: list[int]) -> int:
+        """Return the first group with room for the class, as `_fullest` orders them, or -1."""
+        least = 0.0  # no bin with room for the class has a lower score, not even by rounding
+        for length, weight in zip(vector, self.weights, strict=True):
+            least += length * weight
+        start = int(self.score[: self.in_order].searchsorted(least))
+        step, found = 128, []
+        while start < self.in_order and not found:
+            fits = self._fits(vector, start, min(start + step, self.in_order))
+            at = int(fits.argmax())
+            if fits[at]:
+                found.append(start + at)
+            start, step = start + step, 4 * step
+        index = self._fits(vector, self.in_order, self.size).nonzero()[0] + self.in_order
+        if len(index):
+            score = self.score[index]
+            found += index[score == score.min()].tolist()
+        if len(found) < 2:
+            return found[0] if found else -1
+        ranks = [(self.score[i], *self.room[:, i].tolist(), self.more[i]) for i in found]
+        return found[ranks.index(min(ranks))]
+
+    def _fits(self, vector: list[int], start: int, stop: int) -> NDArray[np.bool_]:
+        fits: NDArray[np.bool_] = self.room[0, start:stop] >= vector[0]
+        for room, length in zip(self.room[1:], vector[1:], strict=True):
+            fits &= room[start:stop] >= length
+        return fits
 
     def _fullest(self, vector: list[int], count: int) -> Int64:
         """Return groups with room for the class, the fullest first; at least enough of them."""
-        size = self.size
-        fits = self.more[:size] > 0
-        for room, length in zip(self.room, vector, strict=True):
-            if length:
-                fits &= room[:size] >= length
-        index = np.flatnonzero(fits)
+        index = np.flatnonzero(self._fits(vector, 0, self.size))
         score = self.score[index]
         if len(index) > count:
             some = score <= np.partition(score, count - 1)[count - 1]
@@ -278,69 +309,90 @@ class _Groups:
         # Among equal scores by what there is room for, so that the age of a group does not matter.
         return index[np.lexsort((self.more[index], *self.room[::-1, index], score))]
 
-    def _split(self, group: int, vector: list[int], number: int, fit: int, count: int) -> None:
-        """Fill bins of one group, which has room for `count` items, one after another."""
+    def _fill(self, group: int, vector: list[int], number: int, count: int) -> int:
+        """Fill bins of one group, one after another; return how many items they take."""
+        room = self.room[:, group].tolist()
+        pairs = zip(room, vector, strict=True)
+        fit = min(int(self.more[group]), *(each // length for each, length in pairs if length))
+        count = min(count, fit * int(self.bins[group]))
+        node, more = int(self.node[group]), int(self.more[group])
         whole, rest = divmod(count, fit)
-        untouched = int(self.bins[group]) - whole - (rest > 0)
-        state = int(self.node[group]), int(self.more[group]), self.room[:, group].copy()
-        parts = [(whole, fit), (1 if rest else 0, rest), (untouched, 0)]
-        for bins, repeat in parts:
-            if not bins:
+        for bins, repeat in ((whole, fit), (1, rest)):
+            if not bins or not repeat:
                 continue
-            if group < 0:
-                group = self._append(state[0], bins, *state[1:])
-            self.bins[group] = bins
-            if repeat:
-                self._add(np.array([group]), vector, number, np.array([repeat]))
-            group = -1
+            left = self.bins[group] = int(self.bins[group]) - bins
+            if not left:
+                self.room[:, group] = -1
+            self.tree.parents.append(node)
+            self.tree.lengths.append(number)
+            self.tree.repeats.append(repeat)
+            roomy = [each - length * repeat for each, length in zip(room, vector, strict=True)]
+            at = group if not left and group >= self.in_order else -1
+            self._append(len(self.tree.parents) - 1, bins, more - repeat, roomy, at)
+        return count
 
-    def _append(self, node: int, bins: int, more: int, room: Int64) -> int:
-        if self.size == len(self.node):
-            extra = len(self.node)
-            self.node, self.bins, self.more = (
-                np.pad(each, (0, extra)) for each in (self.node, self.bins, self.more)
+    def _append(self, node: int, bins: int, more: int, room: list[int], at: int = -1) -> int:
+        """Write a new group to the end, or over group `at`."""
+        if at < 0:
+            self._grow(1)
+            at = self.size
+            self.size += 1
+        self.node[at], self.bins[at], self.more[at] = node, bins, more
+        score = 0.0
+        for column, (each, weight) in enumerate(zip(room, self.weights, strict=True)):
+            self.room[column, at] = each if more else -1
+            score += each * weight
+        self.score[at] = score
+        return at
+
+    def _grow(self, groups: int) -> None:
+        if (extra := self.size + groups - len(self.node)) > 0:
+            extra = max(extra, len(self.node))
+            self.node, self.bins, self.more, self.score = (
+                np.pad(each, (0, extra)) for each in (self.node, self.bins, self.more, self.score)
             )
-            self.score = np.pad(self.score, (0, extra))
             self.room = np.pad(self.room, ((0, 0), (0, extra)))
-        group = self.size
-        self.size += 1
-        self.node[group], self.bins[group], self.more[group] = node, bins, more
-        self.room[:, group] = room
-        self._rate(np.array([group]))
-        return group
 
     def _add(self, index: Int64, vector: list[int], number: int, repeats: Int64) -> None:
-        self.node[index] = self.tree.extend(self.node[index], number, repeats)
-        self.more[index] -= repeats
-        for room, length in zip(self.room, vector, strict=True):
-            room[index] -= length * repeats
-        self._rate(index)
-
-    def _rate(self, index: Int64) -> None:
+        """Put items into all bins of the groups at `index`, and move them to the end."""
+        self._grow(len(index))
+        moved = slice(self.size, self.size + len(index))
+        self.size += len(index)
+        self.node[moved] = self.tree.extend(self.node[index], number, repeats)
+        self.bins[moved], self.bins[index] = self.bins[index], 0
+        more = self.more[moved] = self.more[index] - repeats
         score = np.zeros(len(index))
-        for room, weight in zip(self.room, self.weights.tolist(), strict=True):
-            score += room[index] * weight
-        self.score[index] = score
+        for room, length, weight in zip(self.room, vector, self.weights, strict=True):
+            left = room[index] - length * repeats
+            score += left * weight
+            room[moved] = np.where(more > 0, left, -1)
+        self.score[moved] = score
+        self.room[:, index] = -1
 
     def close(self, smallest: Int64) -> None:
-        """Now and then, set aside the groups without room for what the items that follow need."""
-        if self.size < self._close_at:
+        """Now and then, set aside the groups without room for what follows, and sort the others.
+
+        The more groups there are, the later, as that takes longer than to look through the end.
+        """
+        if (self.size - self.in_order - 64) ** 2 < 25 * self.size or self.size < 64:
             return
         size = self.size
-        useful = (self.more[:size] > 0) & (self.room[:, :size] >= smallest[:, None]).all(axis=0)
-        shut, kept = np.flatnonzero(~useful), np.flatnonzero(useful)
-        self.closed.append((self.node[shut], self.bins[shut]))
+        room, score, bins = self.room[:, :size], self.score[:size], self.bins[:size]
+        useful = (room >= smallest[:, None]).all(axis=0) & (bins > 0)
+        shut, kept = np.flatnonzero(~useful & (bins > 0)), np.flatnonzero(useful)
+        self.closed.append((self.node[shut], bins[shut]))
+        kept = kept[np.lexsort((self.more[kept], *room[::-1, kept], score[kept]))]
         for each in (self.node, self.bins, self.more, self.score):
             each[: len(kept)] = each[kept]
-        self.room[:, : len(kept)] = self.room[:, kept]
-        self.size = len(kept)
-        self._close_at = len(kept) + len(kept) // 4 + 64
+        self.room[:, : len(kept)] = room[:, kept]
+        self.size = self.in_order = len(kept)
 
     def templates(self) -> Templates:
         """Write out what all groups hold, the largest numbers first."""
         groups = [*self.closed, (self.node[: self.size], self.bins[: self.size])]
         node, bins = (np.concatenate(part) for part in zip(*groups, strict=True))
-        return self.tree.templates(node, bins)
+        held = np.flatnonzero(bins)
+        return self.tree.templates(node[held], bins[held])
 
 
 def place_classes(
@@ -353,61 +405,3 @@ def place_classes(
         groups.close(smallest[place])
         groups.place(vector, len(vectors) - place, count)
     return groups.templates()
-
-
-def fill_bins(vectors: Int64, counts: Int64, limits: tuple[int, ...], cap: int) -> Templates:
-    """Fill one bin after another with the items that are most like the room that is left.
-
-    The next item has the largest product of its shares with the room, summed over columns, weighed
-    by demand.  A bin is made as often as there are items for it.  Denser than best fit where items
-    differ in their columns, and slower.
-
-    Time: O(bins * classes) at most, in whole arrays; each class comes into fewer bins as it gets
-    rare.  Classes are numbered as in `place_classes`.
-    """
-    scale = np.array(limits, float)
-    place, left = np.arange(len(vectors)), counts.copy()  # of the classes that are left
-    values = np.ascontiguousarray(vectors.T)
-    tokens = (values * left).sum(axis=1)
-    flat: list[int] = []
-    sizes: list[int] = []
-    multiplicity: list[int] = []
-    while len(place):
-        weights = weights_of(tokens, limits) / scale
-        picked = _fill_bin(values, left, limits, weights.tolist(), cap)
-        classes, uses = np.unique(picked, return_counts=True)
-        times = int((left[classes] // uses).min())
-        left[classes] -= times * uses
-        tokens -= times * (values[:, classes] * uses).sum(axis=1)
-        flat += (len(vectors) - place[np.array(sorted(picked))]).tolist()
-        sizes.append(len(picked))
-        multiplicity.append(times)
-        if not left[classes].all():
-            kept = np.flatnonzero(left)
-            place, left, values = place[kept], left[kept], values[:, kept]
-    return Templates(np.array(flat, np.int32), offsets_of(sizes), np.array(multiplicity, np.int64))
-
-
-def _fill_bin(
-    values: Int64, left: Int64, limits: tuple[int, ...], weights: list[float], cap: int
-) -> list[int]:
-    """Return the columns of `values` that fill a new bin, one per item."""
-    room = list(limits)
-    some, index, rest = values, np.arange(values.shape[1]), left
-    picked: list[int] = []
-    while len(index):
-        score = np.zeros(len(index))
-        for row, each, weight in zip(some, room, weights, strict=True):
-            score += row * (each * weight)
-        best = int(score.argmax())
-        picked.append(int(index[best]))
-        room = [each - length for each, length in zip(room, some[:, best].tolist(), strict=True)]
-        if len(picked) == cap:
-            break
-        fits = some[0] <= room[0]
-        for row, each in zip(some[1:], room[1:], strict=True):
-            fits &= row <= each
-        fits[best] &= rest[best] > picked.count(picked[-1])
-        kept = np.flatnonzero(fits)
-        some, index, rest = some[:, kept], index[kept], rest[kept]
-    return picked
