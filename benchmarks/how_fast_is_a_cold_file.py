@@ -37,7 +37,7 @@ from seqpack_jax.arrays import offsets_of
 
 MAX_SEQ_LEN, ROWS, ZONES, PART, STEPS = 2048, 64, 8, 0.98, 512
 NAMES = ("tokens", "segment_ids", "positions")
-MOST_RESIDENT, LEAST, TOUCHED = 0.01, 0.5, 3 * 10**9
+MOST_RESIDENT, LEAST, TOUCHED = 0.01, 0.5, 2 * 10**9
 
 
 class Data(NamedTuple):

@@ -44,6 +44,7 @@ ORDER = [
     "feeding.stream_dataset",
     "feeding.grain_packers",
     "feeding.operation",
+    "feeding.prefetch",
     "feeding.schedule",
     "feeding.packed_source",
     "feeding.pipeline",

@@ -27,8 +27,8 @@ from seqpack_jax.demo_model import (
     training_steps,
 )
 from seqpack_jax.errors import SeqpackError
-from seqpack_jax.feeding.batch import FlatSequences
 from seqpack_jax.feeding.pipeline import pack_dataset
+from seqpack_jax.feeding.sequences import FlatSequences
 from seqpack_jax.model.segments import build_packing_attention_bias
 
 LENGTHS = (17, 5, 40, 9, 23, 2, 30, 12, 48, 31, 7, 16)

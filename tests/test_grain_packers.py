@@ -159,6 +159,29 @@ def test_rows_are_ordered_by_a_feature():
     assert means(None) != means("inputs") != means("inputs", False)
 
 
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({"inputs": np.ones(3)}, "record 1 has no feature 'tag'. Hint: rows are ordered by it"),
+        ({"inputs": np.ones(3), "tag": "x"}, "feature 'tag' of record 1 has dtype <U1"),
+    ],
+)
+def test_rows_are_ordered_by_numbers_that_records_have(record, part):
+    iterator = iter(
+        FirstFitPackIterDataset(
+            stream([{"inputs": np.ones(9), "tag": 1}, record]),
+            length_struct={"inputs": 10},
+            num_packing_bins=2,
+            meta_features=("tag",),
+            shuffle_bins_group_by_feature="tag",
+        )
+    )
+    for _ in range(2):
+        with pytest.raises(sp.SeqpackError, match="FirstFitPackIterDataset: ") as caught:
+            next(iterator)
+        assert part in str(caught.value)
+
+
 @both
 def test_resumes_at_every_step(mine):
     def dataset():

@@ -160,9 +160,10 @@ def test_a_resume_at_any_step_loses_nothing(make):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("collect_at_the_end")
-@flavours
+@pytest.mark.parametrize("make", [stream, planned_dataset])
 def test_a_resume_with_workers_loses_nothing(make):
-    # 1.4: up to one record per worker was lost, of window operations up to 110.
+    # 1.4: up to one record per worker was lost, of window operations up to 110.  The operation and
+    # the other readers of planned batches are in test_pipeline.py.
     lengths = lengths_of(120)
     iterator = iter(make(lengths, 2))
     seen = [next(iterator) for _ in range(3)]
@@ -336,14 +337,12 @@ def test_rows_of_long_records_do_not_come_first():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("collect_at_the_end")
-@pytest.mark.parametrize(
-    ("make", "workers"),
-    [*[(planned_dataset, n) for n in (1, 2, 3)], (planned_reader, 3), (planned_loader, 3)],
-)
-def test_a_planned_batch_is_the_same_for_any_number_of_workers(make, workers):
-    # 1.5 and 2: each worker packed a stream of its own: other bins for each number of workers.
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_planned_batch_is_the_same_for_any_number_of_workers(workers):
+    # 1.5 and 2: each worker packed a stream of its own: other bins for each number of workers.  2,
+    # and Grain's own readers: test_pipeline.py.
     lengths = lengths_of(120)
-    equal(list(make(lengths, workers)), list(make(lengths, 0)))
+    equal(list(planned_dataset(lengths, workers)), list(planned_dataset(lengths, 0)))
 
 
 @pytest.mark.slow

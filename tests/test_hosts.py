@@ -1,6 +1,7 @@
 """Many processes: global batches, and the check that all of them feed the same data."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def test_a_value_below_int32_is_refused_too():
     [
         ({"w": np.ones(2)}, "w has dtype float64, which JAX would make float32. Hint: cast w"),
         ({"name": np.array(["a"])}, "name has dtype <U1"),
+        ({"raw": np.zeros(2, "V8")}, "raw has dtype |V8"),
         ({"x": np.float32(3)}, "x has no axis of rows"),
         (np.int32(3), "the batch has no axis of rows"),
         ({"x": np.ones((2, 3), bool), "y": np.ones(3, bool)}, "x has 2 rows, y has 3"),
@@ -88,6 +90,19 @@ def test_what_has_no_place_in_a_global_batch_is_refused(batch, part):
     with pytest.raises(sp.SeqpackError, match="make_global_batch: ") as caught:
         make_global_batch(batch, (mesh(), "data"))
     assert part in str(caught.value)
+
+
+def test_numbers_of_another_byte_order_and_of_kinds_that_numpy_lacks():
+    arrays = {
+        "a": np.array([1, -2], ">i4"),
+        "b": np.array([3, 2**31 - 1], ">i8"),
+        "c": np.array([0.5, 2], ">f4"),
+        "d": np.ones(2, jax.numpy.bfloat16),
+    }
+    batch = make_global_batch(arrays, (mesh(), "data"))
+    assert [str(batch[name].dtype) for name in "abcd"] == ["int32", "int32", "float32", "bfloat16"]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(batch[name], array)
 
 
 def test_shardings_that_name_no_rows_are_refused():
@@ -147,6 +162,29 @@ def test_one_process_has_nothing_to_compare():
     check_processes({"seed": np.int64(3), "plan": "x"})
     with pytest.raises(sp.SeqpackError, match=r"seed = 0\.5 is not an integer"):
         check_processes({"seed": 0.5})
+    with pytest.raises(sp.SeqpackError, match="the name 3 is no string"):
+        check_processes({"seed": 1, 3: 1})
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "problem"),
+    [
+        ({"a": 5}, {"a": "5"}, "a is 5 on process 0, '5' on process 1"),
+        ({"a": "missing"}, {}, "a is 'missing' on process 0, missing on process 1"),
+        ({"a": "'x'"}, {"a": "x"}, "a is 'x' on process 0, x on process 1"),
+    ],
+)
+def test_values_that_look_alike_differ(one, two, problem):
+    assert hosts._differences([one, two]) == [problem]
+
+
+def test_long_values_that_differ_are_shortened():
+    long = "x" * 10**6
+    (problem,) = hosts._differences([{"a": long + "1"}, {"a": long + "2"}, {"a": 10**99}])
+    assert len(problem) < 400
+    digests = re.findall(r"x{50}\.\.\. \(1000001 characters, sha256 (\w{8})\.\.\.\)", problem)
+    assert len(set(digests)) == 2
+    assert f"{10**99} on process 2" in problem
 
 
 def test_differences_name_ranges_of_processes():
@@ -282,6 +320,40 @@ def test_every_process_is_told_all_differences(trained):
             "seed is 0 on process 0, -1 on process 1; only 1 is missing on process 0, 1 on "
             "process 1. Hint: "
         )
+
+
+@pytest.mark.slow
+def test_eight_devices_of_one_process_hold_their_parts_and_copies():
+    code = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from seqpack_jax.feeding.hosts import make_global_batch, row_shard
+jax.config.update("jax_num_cpu_devices", 8)
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+x = np.arange(48, dtype=np.int32).reshape(8, 6)
+batch = {"x": x, "rows": x[:, 0] > 0, "deep": [x[..., None], (x,)]}
+cases = {  # rows and columns of each part, and how many devices hold the same one
+    (mesh, "data"): (2, 6, 2),
+    (mesh, ("data", "model")): (1, 6, 1),
+    NamedSharding(mesh, P(("data", "model"), None)): (1, 6, 1),
+    NamedSharding(mesh, P("data", "model", None, None)): (2, 3, 1),
+    NamedSharding(mesh, P(None, "model")): (8, 3, 4),
+    NamedSharding(mesh, P()): (8, 6, 8),
+}
+for sharding, (rows, columns, copies) in cases.items():
+    assert row_shard(sharding) == (0, 1)
+    made = make_global_batch(batch, sharding)
+    for one, two in zip(jax.tree.leaves(made), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(one, two)
+        for part in one.addressable_shards:
+            np.testing.assert_array_equal(part.data, two[part.index])
+    shapes = [part.data.shape for part in made["x"].addressable_shards]
+    assert shapes == [(rows, columns)] * 8
+    places = [str(part.index) for part in made["x"].addressable_shards]
+    assert [places.count(place) for place in places] == [copies] * 8
+    assert made["rows"].addressable_shards[0].data.shape == (rows,)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import seqpack_jax as sp
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.feeding.layout import (
-    as_int32,
     as_numbers,
     check_pads,
+    checked_int32,
     entries_of,
     fill_once,
     flatten_into,
@@ -181,7 +181,7 @@ def test_integers_beyond_int32_are_refused(value):
         layout.fill("test", "x", arrays, 0, as_int32=True)
     assert layout.fill("test", "x", arrays, 0, as_int32=False).dtype == np.int64
     most = np.array([2**31 - 1, -(2**31)])
-    assert as_int32("test", "x", most).tolist() == most.tolist()
+    assert checked_int32("test", "x", most).tolist() == most.tolist()
     with refuses("value 18446744073709551615 of feature 'x'"):
         mixed = [np.array([1, 2**64 - 1], np.uint64), np.array([-3])]
         layout.fill("test", "x", mixed, 0, as_int32=True)

@@ -111,18 +111,24 @@ def test_every_policy_resumes_at_every_step(policy, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["crop", SPLIT])
-def test_every_policy_resumes_with_workers(policy):
-    iterator = iter(stream(policy, workers=2))
-    whole = [next(iterator) for _ in range(3)]
-    state = iterator.get_state()
-    whole += iterator
-    restored = iter(stream(policy, workers=2))
-    restored.set_state(state)
-    same(list(restored), whole[3:])
+@pytest.mark.parametrize(("policy", "workers"), [("crop", 1), (SPLIT, 2)])
+def test_resumes_with_workers_at_eight_steps(policy, workers):
+    def iterate():
+        return iter(stream(policy, n=90, workers=workers, metadata=True))
+
+    iterator, whole, states = iterate(), [], []
+    while True:
+        states.append(iterator.get_state())
+        if (batch := next(iterator, None)) is None:
+            break
+        whole.append(batch)
     segments = sorted(s.tolist() for batch in whole for s in sp.unpack_batch(batch))
-    alone = stream(policy)
+    alone = stream(policy, n=90)
     assert segments == sorted(s.tolist() for batch in alone for s in sp.unpack_batch(batch))
+    for step in np.linspace(1, len(whole) - 1, 8).astype(int).tolist():
+        restored = iterate()
+        restored.set_state(states[step])
+        same(list(restored), whole[step:])
 
 
 def windows(batches):
@@ -239,6 +245,41 @@ class Reader:
 
     def set_state(self, place):
         self.place = place
+
+
+class Living(Reader):
+    """A reader that gives away the very state that it goes on to change."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.state = {"place": 0}
+
+    def __next__(self):
+        self.place = self.state["place"]
+        self.state["place"] += self.place < len(self.records)
+        return super().__next__()
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = dict(state)
+
+
+def test_a_state_is_not_that_of_a_reader_that_goes_on():
+    records = records_of(coded([5, 9, 16, 3, 4, 4, 12, 8] * 5))
+    operation = sp.PackOperation(CAPACITY, 2)
+    whole = [record.data for record in operation(Living(records))]
+    reader = Living(records)
+    iterator, states = operation(reader), []
+    for batch in whole:
+        states.append(reader.get_state())
+        same([next(iterator).data], [batch])
+    for step, state in enumerate(states):
+        again = Living(records)
+        rest = operation(again)
+        again.set_state(state)
+        same([record.data for record in rest], whole[step:])
 
 
 def test_set_state_starts_the_report_over():

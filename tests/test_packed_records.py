@@ -5,6 +5,7 @@ import mmap
 import pickle
 import threading
 from collections import Counter
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -420,6 +421,45 @@ def test_a_transform_gets_what_the_source_has():
     assert seen == [bytes, np.ndarray, np.ndarray, tuple, np.ndarray]
 
 
+class Named(NamedTuple):
+    tokens: Any
+    inner: Any
+
+
+@pytest.mark.parametrize("kind", ["arrays", "flat", "records", "named", "lists"])
+def test_a_transform_may_write_to_what_it_gets(kind):
+    arrays = [np.arange(1, n + 1) for n in (3, 5, 2, 4)]
+    sequences = [array.copy() for array in arrays]
+    if kind == "flat":
+        sequences = sp.FlatSequences(np.concatenate(arrays), np.array([0, 3, 8, 10, 14]))
+    if kind == "records":
+        sequences = [{"tokens": array, "inner": {"x": array.copy()}} for array in sequences]
+    if kind == "lists":
+        sequences = [{"tokens": array.tolist(), "inner": {"x": array}} for array in sequences]
+    if kind == "named":
+        sequences = [Named(array, (array.copy(),)) for array in sequences]
+
+    def double(record, rng):
+        if isinstance(record, np.ndarray):
+            record *= 2
+            return record
+        if isinstance(record, Named):
+            record.tokens[:] *= 2
+            record.inner[0][:] = 7
+            return record
+        record["tokens"] = np.array(record["tokens"]) * 2
+        record["inner"]["x"][:] = 7
+        record["inner"]["y"] = record["inner"]["x"]
+        return record
+
+    before = pickle.dumps(sequences)
+    source = sp.pack_dataset(sequences, 8, batch_size=2, transform=double, epochs=2, shuffle=False)
+    for item in (*source, *source):
+        tokens = item["tokens"]
+        assert sorted(tokens[tokens > 0].tolist()) == sorted(2 * np.concatenate(arrays))
+    assert pickle.dumps(sequences) == before
+
+
 def test_a_transform_sees_whole_sequences_once_per_batch():
     calls = []
 
@@ -467,6 +507,19 @@ def test_eos_of_one_of_several_features():
     )
     assert sorted(segments_of(source, "targets")) == [(0, [500, 501, 9]), (1, [9])]
     assert sorted(segments_of(source, "inputs")) == [(0, [0, 1, 2]), (1, [1000, 1001, 1002, 1003])]
+    records[1]["targets"] = np.array([])  # of floats, but there are none
+    equal(
+        source[0],
+        sp.PackedSource(
+            source.plan,
+            source.pools,
+            records,
+            batch_size=1,
+            feature=("inputs", "targets"),
+            metadata=True,
+            eos_id={"targets": 9},
+        )[0],
+    )
 
 
 def test_unplanned_ends_and_transforms_are_errors():
@@ -560,6 +613,20 @@ def test_errors_of_a_source_name_the_sequence():
         with pytest.raises(sp.SeqpackError, match="PackedSource: sequence 2 is missing"):
             source[0]
 
+    class Wary(Batched):
+        def __getitems__(self, indices):
+            if not indices:
+                raise OSError("nothing was asked for")
+            return super().__getitems__(indices)
+
+    data = Wary(records_of([3] * 3)), 12
+    source = sp.pack_dataset(*data, batch_size=1, shard=(1, 2))
+    assert not source[0]["tokens"].any()
+    source.sequences.__class__ = type("Never", (Wary,), {"__getitems__": lambda *_: 1 / 0})
+    with pytest.raises(ZeroDivisionError) as caught:
+        sp.PackedSource(source.plan, source.pools, source.sequences)[0]
+    assert caught.value.__notes__ == ["PackedSource: while __getitems__ of 3 ids was called"]
+
     class Short(Batched):
         def __getitems__(self, indices):
             return super().__getitems__(indices)[1:]
@@ -579,6 +646,16 @@ def test_keyed_sequences_are_read_in_one_call():
                 keyed.__getitems__([7, missing])
         with pytest.raises(sp.SeqpackError, match="sequence 8 is missing"):
             read_records("test", keyed, np.array([7, 8]))
+    large = 2**60 + np.arange(3, dtype=np.uint64)  # floats hold one of 256 of these
+    keyed = KeyedSequences(flat, large)
+    for k, index in enumerate(large.tolist()):
+        assert keyed[index].tolist() == flat[k].tolist()
+    assert [len(each) for each in keyed.__getitems__(large[[2, 0]])] == [3, 1]
+    small = KeyedSequences(flat, np.arange(3, dtype=np.uint8))
+    for index in (-1, 257, 2**64):
+        for sequences in (keyed, small):
+            with pytest.raises(KeyError, match=str(index)):
+                sequences[index]
     nothing = KeyedSequences(sp.FlatSequences([], np.array([0])), np.array([], int))
     assert nothing.__getitems__([]) == []
     with pytest.raises(KeyError, match="3"):
@@ -619,6 +696,37 @@ def test_slices_far_apart_in_a_large_map_are_asked_for(tmp_path, monkeypatch):
     assert [a[0] for a in flat.__getitems__([3, 0])] == [tokens[3 << 16], tokens[0]]
     with pytest.raises(IndexError, match="sequence 16 of 16"):
         flat.__getitems__([3, 16])
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
+def test_slices_of_a_map_beyond_4_gigabytes_are_asked_for(tmp_path, monkeypatch, dtype):
+    with open(tmp_path / "tokens.bin", "wb") as file:
+        file.truncate(6 << 30)  # without a byte on the disk
+    tokens = np.memmap(tmp_path / "tokens.bin", np.int32, "r")
+    monkeypatch.setattr(reading, "_memory", lambda: 1 << 20)
+    offsets = np.linspace(0, len(tokens), 7).astype(dtype)
+    for order in (1, -1):  # what is not contiguous is read without being asked for
+        flat = sp.FlatSequences(tokens[::order], offsets)
+        assert [len(each) for each in flat.__getitems__([5, 1])] == [1 << 28] * 2
+    assert read_ahead(np.asarray(tokens), offsets[[5, 1]], offsets[[6, 2]])
+
+
+def test_asking_for_slices_is_never_an_error(monkeypatch):
+    monkeypatch.setattr(reading, "_memory", lambda: 1 << 12)
+    view = np.frombuffer(mmap.mmap(-1, 1 << 22), np.uint8)
+    for starts, stops in (
+        ([0, 1 << 22], [10, 1 << 22]),  # the last is empty, at the end of the map
+        ([0, 1 << 30], [10, 1 << 31]),  # offsets of a damaged file
+        ([9, 1 << 21, 1 << 20], [3, 10, 20]),
+    ):
+        assert read_ahead(view, np.array(starts), np.array(stops))
+
+    class Refused(mmap.mmap):
+        def madvise(self, option, start, length):
+            raise OSError(9, "Bad file descriptor")
+
+    view = np.frombuffer(Refused(-1, 1 << 22), np.uint8)
+    assert not read_ahead(view, np.array([0, 1 << 21]), np.array([10, 1 << 22]))
 
 
 def test_slices_are_merged_when_they_are_near(monkeypatch):
@@ -667,6 +775,18 @@ def test_lengths_are_counted_given_or_computed():
         ([{"x": [1]}], 4, {}, "a record has no feature 'tokens'"),
         ([[1]], 4, {"lengths": [-1]}, r"lengths\[0\] = -1, but a length is at least 0"),
         ([[1]], 4, {"lengths": [0.5]}, "lengths has dtype float64"),
+        ([[1]], 4, {"lengths": lambda record: 1.5}, "lengths has dtype float64"),
+        ([[1]], 4, {"lengths": lambda record: True}, "lengths has dtype bool"),
+        ([[1]], 4, {"lengths": lambda record: "1"}, "lengths has dtype <U1"),
+        ([[1]], 4, {"lengths": lambda record: None}, "lengths has dtype object"),
+        ([[1], [1, 1]], 4, {"lengths": tuple}, "lengths is ragged"),
+        ([[1]], 4, {"lengths": [2**31]}, r"lengths\[0\] = 2147483648, but a length is at most"),
+        ([[1]], 4, {"lengths": np.array([2**63], np.uint64)}, "but a length is at most 2147"),
+        ([], 4, {}, "there are no sequences"),
+        ([], {"a": 4, "b": 4}, {}, "there are no sequences"),
+        ([np.ma.array([1, 2], mask=[0, 1])], 4, {"bos_id": 3}, "sequence 0 has masked entries"),
+        ([[1]], 4, {"epochs": 2**63}, "9223372036854775808 epochs are .* items, more than"),
+        ([[1]], 4, {"shard": (0, 2**63)}, "a step takes 9223372036854775808 rows"),
         ([[1]], 4, {"lengths": [[1, 2]]}, r"lengths has shape \(1, 2\) for 1 capacities"),
         ([[1]], {"a": 4, "b": 4}, {"lengths": [1]}, r"lengths has shape \(1,\) for 2 capacities"),
         ([[1]], {"a": 4, "b": 4}, {"lengths": [1, 1]}, r"lengths has shape \(2,\) for 2"),
@@ -685,7 +805,7 @@ def test_lengths_are_counted_given_or_computed():
 )
 def test_errors_of_pack_dataset(records, max_seq_len, options, part):
     with pytest.raises(sp.SeqpackError, match=part) as caught:
-        sp.pack_dataset(records, max_seq_len, batch_size=1, **options)
+        sp.pack_dataset(records, max_seq_len, batch_size=1, **options)[0]
     assert "Hint: " in str(caught.value)
 
 
@@ -703,6 +823,38 @@ def test_errors_of_several_capacities(options, part):
     records = [pair_of(0, (3, 2)), pair_of(1, (3, 5))]
     with pytest.raises(sp.SeqpackError, match=part):
         sp.pack_dataset(records, {"inputs": 8, "targets": 4}, batch_size=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("nothing", "something"),
+    [
+        (np.array([]), np.arange(3)),  # of floats, but there are none
+        ([], np.arange(3)),
+        ([], np.ones((3, 2), np.float32)),
+        (np.zeros((0, 2), np.float32), np.ones((3, 2), np.float32)),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_batches_without_tokens_of_a_feature_are_like_others(nothing, something, batch_size):
+    records = [{"a": [1, 2], "b": nothing}] * 4 + [{"a": [1, 2, 3], "b": something}]
+    records += [{"a": [1, 2, 3], "b": nothing, "c": something}] * 3
+    records = [{"c": nothing} | record for record in records]
+    capacities = {"a": 3, "b": 4, "c": 5}
+    sources = [
+        sp.pack_dataset(records, capacities, batch_size=batch_size, shard=(i, 7)) for i in range(7)
+    ]
+    items = [item for source in sources for item in source]
+    assert sum(item["b"].any() for item in items) == 1
+    assert sum(item["c"].any() for item in items) == 3
+    assert sum(not item["a"].any() for item in items) == 6
+    kinds = [{name: (array.dtype, array.shape) for name, array in item.items()} for item in items]
+    assert all(kind == kinds[0] for kind in kinds)
+    dtype = np.dtype(np.float32 if something.ndim > 1 else np.int32)
+    rows = () if batch_size is None else (batch_size,)
+    for name in ("b", "c"):
+        assert kinds[0][name] == (dtype, (*rows, capacities[name], *something.shape[1:]))
+    absent = sp.pack_dataset(records[:4], capacities, batch_size=batch_size)
+    assert not absent[0]["b"].any(), "if no record has any, there is nothing to be like"
 
 
 def test_a_vector_plan_by_hand():

@@ -362,7 +362,7 @@ def collect_at_the_end():
 
 
 @pytest.mark.usefixtures("collect_at_the_end")
-@pytest.mark.parametrize("kind", [dataset, loader])
+@pytest.mark.parametrize("kind", [dataset, pytest.param(loader, marks=pytest.mark.slow)])
 def test_two_workers_give_the_same_batches_and_resume(kind):
     source = source_of(n=60, epochs=1)
     whole = [source[i] for i in range(len(source))]
@@ -420,19 +420,21 @@ def test_the_operation_resumes_at_every_step():
 
 
 @pytest.mark.usefixtures("collect_at_the_end")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_operation_resumes_with_workers(workers):
-    whole = list(stream(workers=workers))
-    assert sorted(ids_in(whole)) == list(range(150))
+@pytest.mark.parametrize(
+    ("workers", "steps"),
+    [(1, [2]), *(pytest.param(w, [0, 1, 2, -1], marks=pytest.mark.slow) for w in (1, 2))],
+)
+def test_the_operation_resumes_with_workers(workers, steps):
     iterator = iter(stream(workers=workers))
-    position = 0
-    for step in (1, 2, len(whole)):
-        while position < step:
-            next(iterator)
-            position += 1
+    states, whole = [iterator.get_state()], []
+    for batch in iterator:
+        whole.append(batch)
+        states.append(iterator.get_state())
+    assert sorted(ids_in(whole)) == list(range(150))
+    for step in steps:
         restored = iter(stream(workers=workers))
-        restored.set_state(iterator.get_state())
-        equal(list(restored), whole[step:])
+        restored.set_state(states[step])
+        equal(list(restored), whole[step:] if step >= 0 else [])
 
 
 def test_the_resume_check_can_fail():

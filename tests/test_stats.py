@@ -289,3 +289,11 @@ def test_wrong_arguments_are_refused():
         PackingStats.from_bins([[0]], [3], 8, rows_per_step=0)
     with pytest.raises(sp.SeqpackError, match=r"lengths\[0\] = 9, but max_seq_len is 8"):
         PackingStats.from_templates({(9,): 1}, 8)
+
+
+def test_a_plan_of_several_capacities_is_refused_but_not_its_columns():
+    plan, _ = sp.pack_vectors([[3, 1], [2, 2], [4, 0]], (5, 3))
+    with pytest.raises(sp.SeqpackError, match=r"several capacities. Hint: pass plan.column\(0\)"):
+        sp.PackingStats.from_plan(plan)
+    figures = [sp.PackingStats.from_plan(plan.column(c)) for c in range(2)]
+    assert [each.num_tokens for each in figures] == list(plan.num_tokens)

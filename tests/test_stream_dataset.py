@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import tracemalloc
 
 import grain
 import numpy as np
@@ -135,9 +136,35 @@ def collect_at_the_end():
 @pytest.mark.slow
 @pytest.mark.usefixtures("collect_at_the_end")
 @pytest.mark.parametrize(("name", "workers"), [("shuffled", 1), ("split", 2)])
-def test_workers_pack_their_parts_and_resume(name, workers):
+def test_workers_pack_their_parts(name, workers):
+    whole = flavour(name).mp_prefetch(grain.MultiprocessingOptions(workers))
+    segments = sorted(s.tolist() for batch in whole for s in sp.unpack_batch(batch))
+    alone = sorted(s.tolist() for batch in flavour(name) for s in sp.unpack_batch(batch))
+    assert segments == alone
+
+
+def every_flavour():
+    """Batches of all flavours in turn, and rows by Grain's names, each with its name."""
+    records = [{"x": r["tokens"], "y": r["tokens"][::2]} for r in records_of(lengths_of(70, 2, 18))]
+    datasets = {name: flavour(name) for name in FLAVOURS} | {
+        cls.__name__: cls(stream(records), length_struct={"x": 18, "y": 12}, num_packing_bins=7)
+        for cls in (sp.FirstFitPackIterDataset, sp.BestFitPackIterDataset)
+    }
+    named = [
+        dataset.map(lambda batch, name=name: {"flavour": name, **batch})
+        for name, dataset in datasets.items()
+    ]
+    return grain.IterDataset.mix(named)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("collect_at_the_end")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_flavour_resumes_with_workers(workers):
+    """One pipeline of all flavours, for what takes time is that workers start."""
+
     def dataset():
-        return flavour(name).mp_prefetch(grain.MultiprocessingOptions(workers))
+        return every_flavour().mp_prefetch(grain.MultiprocessingOptions(workers))
 
     iterator, whole, states = iter(dataset()), [], []
     while True:
@@ -145,13 +172,14 @@ def test_workers_pack_their_parts_and_resume(name, workers):
         if (batch := next(iterator, None)) is None:
             break
         whole.append(batch)
-    segments = sorted(s.tolist() for batch in whole for s in sp.unpack_batch(batch))
-    alone = sorted(s.tolist() for batch in flavour(name) for s in sp.unpack_batch(batch))
-    assert segments == alone
-    for step in (1, 2, 3, len(whole) - 1):
+    names = [batch.pop("flavour") for batch in whole]
+    assert len(set(names)) == len(FLAVOURS) + 2
+    for step in np.linspace(1, len(whole) - 1, 8).astype(int).tolist():
         restored = iter(dataset())
         restored.set_state(states[step])
-        same(list(restored), whole[step:])
+        rest = list(restored)
+        assert [batch.pop("flavour") for batch in rest] == names[step:]
+        same(rest, whole[step:])
 
 
 def test_followed_by_other_transformations():
@@ -330,6 +358,19 @@ def test_rows_own_their_memory():
         assert all(array.base is None for array in row.values())
 
 
+@pytest.mark.parametrize("batch_size", [4, None])
+def test_an_iterator_at_its_end_holds_no_rows(batch_size):
+    dataset = PackIterDataset(stream([np.ones(900, np.int32)] * 64), 1024, batch_size, window=64)
+    tracemalloc.start()
+    iterator = iter(dataset)
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in iterator:
+        pass
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert held < 64 * 1024, "a row takes 12 kB, 64 of them a block"
+
+
 def test_a_map_dataset_is_read_as_a_stream():
     records = grain.MapDataset.source(coded([5, 3, 9]))
     one = PackIterDataset(records, CAPACITY, 2)
@@ -355,6 +396,48 @@ class Counting(grain.DatasetIterator):
 
     def set_state(self, state):
         self.place = state["place"]
+
+
+class Living(Counting):
+    """Gives away, and takes over, the very state that it goes on to change."""
+
+    def __init__(self, lengths):
+        super().__init__(lengths)
+        self.state = {"place": [0]}
+
+    def __next__(self):
+        if self.state["place"][0] == len(self.records):
+            raise StopIteration
+        self.state["place"][0] += 1
+        return self.records[self.state["place"][0] - 1]
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+class LivingDataset(grain.IterDataset):
+    def __iter__(self):
+        return Living([n for n in lengths_of(120) if n <= 16])
+
+
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_a_state_is_not_that_of_a_parent_that_goes_on(batch_size):
+    dataset = PackIterDataset(LivingDataset(), CAPACITY, batch_size, window=5)
+    whole, iterator, states = list(dataset), iter(dataset), []
+    for batch in whole:
+        states.append((iterator.get_state(), through_json(iterator.get_state())))
+        same([next(iterator)], [batch])
+    for step, (state, as_it_was) in enumerate(states):
+        restored, again = iter(dataset), iter(dataset)
+        restored.set_state(state)
+        same([next(restored)], [whole[step]])
+        again.set_state(restored.get_state())
+        same(list(restored), whole[step + 1 :])
+        same(list(again), whole[step + 1 :])
+        assert state == as_it_was
 
 
 class CountingDataset(grain.IterDataset):
@@ -425,6 +508,15 @@ def test_a_state_of_other_settings_is_refused():
 def test_a_state_of_another_format_is_refused(state):
     iterator = iter(flavour("plain"))
     with pytest.raises(sp.SeqpackError, match=r"expected \('seqpack_jax.stream', 1\)"):
+        iterator.set_state(state)
+
+
+@pytest.mark.parametrize("name", ["settings", "parent", "records", "skip", "counts", "batches"])
+def test_a_state_that_is_not_whole_is_refused(name):
+    iterator = iter(flavour("plain"))
+    state = iterator.get_state()
+    del state[name]
+    with pytest.raises(sp.SeqpackError, match=f"PackIterDataset: the state has no '{name}'"):
         iterator.set_state(state)
 
 

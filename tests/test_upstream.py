@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+import threading
 from itertools import chain, pairwise
 
 import grain
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from seqpack_jax import SeqpackError
-from seqpack_jax.feeding import token_files
+from seqpack_jax.feeding import list_columns, token_files
 from seqpack_jax.feeding.pipeline import pack_dataset
 from seqpack_jax.feeding.row_files import decode_row
 from seqpack_jax.feeding.sequences import FlatSequences
@@ -172,6 +173,43 @@ def test_tokens_that_look_like_a_header_are_tokens(tmp_path):
     assert lists(found) == [tokens.tolist()]
 
 
+def test_a_file_of_several_may_be_the_inside_of_one_document(tmp_path):
+    parts = [[5, 6, 0, 7], [8, 8], [], [0], [9, 9, 0]]
+    for k, part in enumerate(parts):
+        np.array(part, np.uint16).tofile(tmp_path / f"{k}.bin")
+    options = {"dtype": np.uint16, "separator": 0, "work_dir": tmp_path / "work"}
+    expected = [[5, 6, 0], [7], [8, 8], [0], [9, 9, 0]]
+    for _ in range(2):  # found, and found again
+        check_source(open_flat(tmp_path / "*.bin", **options), expected)
+    with pytest.raises(SeqpackError, match=r"token 3 occurs nowhere in .*0\.bin and 4 more"):
+        open_flat(tmp_path / "*.bin", **options | {"separator": 3})
+    for k in (3, 4):  # the only separator is at the edge of the only document
+        assert lists(open_flat(tmp_path / f"{k}.bin", **options)) == [parts[k]]
+
+
+def test_damaged_offsets_and_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
+    path, work = tmp_path / "x.bin", tmp_path / "work"
+    np.concatenate(DOCS).astype(np.uint16).tofile(path)
+    options = {"dtype": np.uint16, "separator": 0, "work_dir": work}
+
+    def cut_and_append(*arguments, cut=token_files._cut):
+        with path.open("ab") as file:
+            file.write(bytes(2))
+        return cut(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files, "_cut", cut_and_append)
+        with pytest.raises(SeqpackError, match=r"x\.bin was changed while it was read"):
+            open_flat(path, **options)
+    assert lists(open_flat(path, **options)) == [*DOCS, [0]]
+    (kept,) = work.glob("offsets*.npy")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    with pytest.raises(SeqpackError, match=r"offsets.*delete it, so that it is made again"):
+        open_flat(path, **options)
+    kept.unlink()
+    assert len(open_flat(path, **options)) == 5
+
+
 def test_an_empty_file_holds_no_sequences(tmp_path):
     (tmp_path / "x.bin").touch()
     found = open_flat(tmp_path / "x.bin", dtype=np.uint16, separator=0, work_dir=tmp_path)
@@ -314,6 +352,38 @@ def test_joined_sources_read_each_part_once(tmp_path):
         JoinedSequences([])
 
 
+def test_joined_records_are_counted_by_their_tokens():
+    parts = [[{"tokens": np.arange(n), "mask": np.ones(n, bool)} for n in (5, 7)], [np.arange(3)]]
+    assert JoinedSequences(parts).lengths.tolist() == [5, 7, 3]
+    with pytest.raises(
+        SeqpackError,
+        match=r"JoinedSequences: record 0 has no feature 'tokens', but \['ids'\].*feature=",
+    ):
+        _ = JoinedSequences([[{"ids": np.arange(3)}]]).lengths
+    counted = RecordSequences([{"ids": np.arange(3)}], feature="ids")
+    assert JoinedSequences([counted, [[7]]]).lengths.tolist() == [3, 1]
+
+
+def test_a_part_that_returns_too_few_is_refused_and_one_without_getitems_read_by_threads():
+    class Few(list):
+        def __getitems__(self, ids):
+            return [self[i] for i in ids[1:]]
+
+    with pytest.raises(SeqpackError, match="of 2 ids returned 1 records"):
+        JoinedSequences([Few([[1], [2]])]).__getitems__([0, 1])
+    both = threading.Barrier(2, timeout=20)
+
+    class Slow:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            both.wait()
+            return np.array([index])
+
+    assert [a.tolist() for a in JoinedSequences([Slow()]).__getitems__([1, 0])] == [[1], [0]]
+
+
 # Arrow tables.
 
 LISTS = [[1, 2, 3], [], [4], [5, 6], [7, 8, 9, 10]]
@@ -382,6 +452,19 @@ def test_columns_of_a_record():
     assert record["good"] == True  # noqa: E712
     assert record["good"].dtype == bool
     assert found[0]["vectors"].shape == (0, 2)
+
+
+def test_a_row_of_booleans_of_equal_size_is_all_that_is_read(monkeypatch):
+    bits = pa.FixedSizeListArray.from_arrays(pa.array([True, False] * 3000), 6)
+    found, sizes = open_table(pa.table({"t": bits}).slice(1), "t"), []
+
+    def counted(self, index, read=list_columns._Bits.__getitem__):
+        sizes.append(read(self, index).size)
+        return read(self, index)
+
+    monkeypatch.setattr(list_columns._Bits, "__getitem__", counted)
+    assert [found[k].tolist() for k in (0, 998)] == [[True, False] * 3] * 2
+    assert sizes == [6, 6]
 
 
 def test_bad_tables(tmp_path):
@@ -550,6 +633,11 @@ def test_lists_of_hugging_face_that_are_bad_or_of_equal_size():
         _ = open_table(Dataset(absent, [0, 0, 1]), "t").lengths
     with pytest.raises(SeqpackError, match="column 'n' has the type int64, not lists"):
         _ = open_table(Dataset(table), "n").lengths
+    splits = type("DatasetDict", (Dataset,), {"column_names": {"train": ["t"]}})(table)
+    stream = type("IterableDataset", (Dataset,), {"column_names": None})(table)
+    for wrong in (splits, stream):
+        with pytest.raises(SeqpackError, match=r"a \w+ is no datasets.Dataset of known length"):
+            open_table(wrong, "t")
     fixed = pa.table({"t": pa.array([[1, 2], [3, 4]], pa.list_(pa.int32(), 2))})
     check_source(open_table(Dataset(fixed, [1, 0]), "t"), [[3, 4], [1, 2]])
 
@@ -625,6 +713,31 @@ def test_records_are_read_in_the_order_of_storage_and_lengths_in_one_pass():
     given = RecordSequences(Source(), lengths=np.ones(10_000, np.int32))
     assert given.lengths.sum() == 10_000
     assert len(calls) == 3
+
+
+def test_nested_records_and_tuples_are_counted_by_the_path_of_their_feature():
+    nested = [{"text": {"ids": np.arange(n)}, "id": "x"} for n in (4, 0)]
+    assert RecordSequences(nested, feature="text/ids").lengths.tolist() == [4, 0]
+    pairs = [(np.arange(n), np.arange(2)) for n in (4, 1)]
+    assert RecordSequences(pairs, feature="0").lengths.tolist() == [4, 1]
+    assert RecordSequences([(7, 8, 9)]).lengths.tolist() == [3]  # a tuple of numbers is an array
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        ((np.arange(4), np.arange(4)), {}, r"record 0 has no feature 'tokens', but \['0', '1'\]"),
+        (b"12345678", {}, "record 0 is a bytes, not an array of tokens"),  # decode was forgotten
+        (None, {}, "record 0 is a NoneType, not"),
+        (np.array(5), {}, "record 0 is a ndarray, not"),
+        ({"tokens": {"a": [1]}}, {}, "record 0 is a dict, not"),
+        (b"123456", {"length_of": lambda r: len(r) / 4}, r"length_of\(record 0\) = 1\.5 is not"),
+        (b"123456", {"length_of": lambda r: -1}, r"length_of\(record 0\) = -1, but .* at least 0"),
+    ],
+)
+def test_what_cannot_be_counted_is_named(record, options, message):
+    with pytest.raises(SeqpackError, match=f"RecordSequences: {message}"):
+        _ = RecordSequences([record], **options).lengths
 
 
 def test_lengths_do_not_travel():

@@ -341,6 +341,27 @@ def test_a_billion_sequences_of_lengths_that_are_planned_alike():
     assert np.abs(share / share.mean(axis=0) - 1).max() < 1e-5
 
 
+@pytest.mark.parametrize("tolerance", [1, 4])
+@pytest.mark.parametrize("zones", [2, 7])
+def test_more_sequences_in_a_zone_than_32_bits_count(zones, tolerance):
+    """Ids of the right lengths, none of them twice; and all zones together take all."""
+    counts = {4: 2**55 + 1, 3: 10**12 + 3, 7: 5}
+    plan = sp.pack_length_histogram(counts, 16, tolerance=tolerance)
+    pools = sp.SequencePools.identity(counts)
+    for seed in (None, 3):
+        epoch = sp.materialize_epoch(plan, pools, seed, zones=zones)
+        bins, planned_lengths = epoch.bins_and_lengths(np.arange(0, len(epoch), len(epoch) // 99))
+        assert len(np.unique(bins.ids)) == len(bins.ids)
+        own = np.searchsorted(pools.starts, bins.ids, side="right") - 1
+        assert (coarsen_lengths(own, tolerance, 16) == planned_lengths).all()
+    reached = np.zeros(3, np.int64)
+    for zone in range(zones):
+        table = epoch.zones._table(zone)
+        assert table.starts.tolist() == reached.tolist()
+        reached += np.diff(table.offsets)
+    assert reached.tolist() == [10**12 + 3, 2**55 + 1, 5]
+
+
 def test_phases_are_counted_exactly():
     """Against fractions: the bins of a template below an edge, for multiplicities of all sizes."""
     counts = {6: 10**12 + 7, 5: 3, 4: 1}

@@ -1,7 +1,7 @@
 """How the arrays of a batch are called, and shifted: the styles that trainers want.
 
-All arrays are `[B, L]`; those that a style makes are int32.  What a style does not name is passed
-on under its own name.
+All arrays are `[B, L]`; those that a style makes are int32, save that weights are floats where a
+`loss_mask` is.  What a style does not name is passed on under its own name.
 
 * `"default"`: every feature by its name, `segment_ids` and `positions`; with several capacities
   `{feature}_segment_ids` and `{feature}_positions`.
@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.errors import check_choice, fail
-from seqpack_jax.feeding.layout import as_int32
+from seqpack_jax.feeding.layout import checked_int32
 
 __all__ = ["IGNORED_LABEL", "KEY_STYLES", "PackedFeatures", "fail_at_name", "in_style", "nested"]
 
@@ -254,7 +254,7 @@ def _integers(caller: str, style: str, packed: PackedFeatures, name: str) -> NDA
     if array.ndim != 2 or array.dtype.kind not in "iu":
         problem = f"feature {name!r} is {array.dtype} {list(array.shape)}"
         fail(caller, f"{problem}, but key_style {style!r} has integers [B, L]", "use 'default'")
-    return as_int32(caller, name, array)
+    return checked_int32(caller, name, array)
 
 
 def _loss_mask(caller: str, packed: PackedFeatures) -> NDArray[Any] | None:

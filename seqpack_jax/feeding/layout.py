@@ -16,9 +16,9 @@ from seqpack_jax.planning.histogram import Int64
 
 __all__ = [
     "Layout",
-    "as_int32",
     "as_numbers",
     "check_pads",
+    "checked_int32",
     "entries_of",
     "fill_once",
     "flatten_into",
@@ -109,9 +109,9 @@ class Layout(NamedTuple):
             filled = as_numbers(caller, f"feature {name!r} of the batch", _with_masks(filled, runs))
         if integers and filled.dtype.kind not in "iu":
             # uint64 and signed integers have no common integer dtype.
-            filled = np.concatenate([_as_int32(caller, name, run) for run in runs])
+            filled = np.concatenate([checked_int32(caller, name, run) for run in runs])
         if integers:
-            filled = _as_int32(caller, name, filled)
+            filled = checked_int32(caller, name, filled)
         return filled.reshape(rows, *shape)
 
     def _runs(self, arrays: Sequence[NDArray[Any]], padding: NDArray[Any]) -> list[NDArray[Any]]:
@@ -349,7 +349,7 @@ def check_pads(
     return {str(name): pads[name] for name in sorted(pads, key=str) if pads[name] != 0}
 
 
-def as_int32(caller: str, name: str, values: NDArray[Any]) -> NDArray[np.int32]:
+def checked_int32(caller: str, name: str, values: NDArray[Any]) -> NDArray[np.int32]:
     """Return integers of the feature `name` as int32; one beyond int32 is an error."""
     if values.dtype == np.int32:
         return values
@@ -358,9 +358,6 @@ def as_int32(caller: str, name: str, values: NDArray[Any]) -> NDArray[np.int32]:
             what = f"token {value}" if name == "tokens" else f"value {value} of feature {name!r}"
             fail(caller, f"a batch holds the {what}, beyond int32", f"{name} must fit into int32")
     return values.astype(np.int32)
-
-
-_as_int32 = as_int32  # the method `fill` has an argument of this name
 
 
 def entries_of(value: Any) -> Mapping[Any, Any] | None:

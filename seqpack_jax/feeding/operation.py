@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -169,8 +170,8 @@ class _OperationIterator:
 
     def _get_state(self) -> Any:
         if self._before:
-            return self._before[0][0]
-        return self._pending[0] if self._pending else self._reader_state()
+            return deepcopy(self._before[0][0])
+        return deepcopy(self._pending[0] if self._pending else self._reader_state())
 
     def _set_state(self, state: Any) -> None:
         self._start_over()
@@ -198,7 +199,7 @@ class _OperationIterator:
         packer, before = self._packer, self._before
         while not packer.full and not self._ended:
             if self._pending is None:
-                state = self._reader_state()
+                state = deepcopy(self._reader_state())  # it may be one that lives on
                 try:
                     self._pending = state, next(self._parent)
                 except StopIteration:

@@ -16,7 +16,7 @@ from seqpack_jax.feeding.epoch import materialize_epoch
 from seqpack_jax.feeding.features import make_features
 from seqpack_jax.feeding.reading import make_ends
 from seqpack_jax.feeding.schedule import make_schedule
-from seqpack_jax.feeding.sequences import Fetched, Transform, fetch_records
+from seqpack_jax.feeding.sequences import Fetched, Transform, fetch_records, like_others
 from seqpack_jax.permutation import PERMUTATION_VERSION, seed_from_components
 from seqpack_jax.planning.bins import Bins
 from seqpack_jax.planning.histogram import SequencePools
@@ -25,7 +25,6 @@ from seqpack_jax.planning.stats import PackingStats
 from seqpack_jax.planning.vectors import VectorPlan
 
 __all__ = ["PackedSource"]
-
 
 _BLOCK_ROWS = 1024  # rows of this process whose bins are drawn at once, when read in order
 _RUN = 32  # single rows that are filled at once, when read in order
@@ -93,8 +92,8 @@ class PackedSource:
         metadata: add `segment_lengths`, `ids` and `row_valid` to items (see `unpack_by_id`).
         key_style: how the arrays of items are called (see `key_styles`).
         transform: `transform(record, rng)` returns the record that is packed in its place, of as
-            many tokens as were planned.  It gets what `sequences` gave (lists as arrays), and a
-            `numpy.random.Generator` of seed, epoch and id alone.
+            many tokens as were planned.  It gets a copy of what `sequences` gave (lists as arrays),
+            which it may write to, and a `numpy.random.Generator` of seed, epoch and id alone.
         bos_id: a token put before each sequence, once it is transformed, and before an over-length
             one is cut; or tokens by feature.  Features that share its rows have their padding
             there.  The plan must count it (`extra_tokens`).
@@ -309,11 +308,7 @@ class PackedSource:
         offsets = drawn.bins.offsets[begin : end + 1]
         held = slice(offsets[0], offsets[-1])
         ids, planned = drawn.bins.ids[held], drawn.planned[held]
-        found, like = self._fetch(ids, planned, drawn.bins.key), None
-        if not len(ids):  # its arrays are those of other batches
-            bins, planned = self._first.bins_and_lengths([0])
-            sample = self._fetch(bins.ids[:1], planned[:1], bins.key)
-            like = {name: column[0] for name, column in sample.columns.items()}
+        found = self._fetch(ids, planned, drawn.bins.key)
         return self.features.pack(
             "PackedSource",
             found.columns,
@@ -321,8 +316,18 @@ class PackedSource:
             (last - first) * self._schedule.rows,
             ids=ids,
             first_positions=found.first_positions,
-            like=like,
+            like=like_others(self.features, found.columns, self._sample),
         )
+
+    def _sample(self, number: int) -> Fetched:
+        """Read a record that has tokens of a capacity, or any if none has."""
+        bins, planned = self._first.bins_and_lengths([0])
+        ids, planned = bins.ids[:1], planned[:1]
+        if isinstance(self.plan, VectorPlan):
+            classes = self.plan.classes
+            if (pool := classes[self.plan.vectors[classes, number] > 0][:1]).size:
+                ids, planned = self.pools.lookup(pool, 0), self.plan.vectors[pool]
+        return self._fetch(ids, planned, bins.key)
 
     def _fetch(
         self, ids: NDArray[np.int64], planned: NDArray[np.int32], key: int | None
@@ -381,19 +386,11 @@ class PackedSource:
 
         Time: that of `SequencePools.digest`, once.
         """
-        facts = {
-            "plan": self._digest,
-            "pools": self.pools.digest(),
-            "seed": self.seed,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "shard": self.shard,
-            "remainder": self.remainder,
-            "start": self._schedule.start,
-            "permutation": PERMUTATION_VERSION,
-            "features": self.features,
-        }
-        facts |= self.settings
+        facts: dict[str, Any] = {"plan": self._digest, "pools": self.pools.digest()}
+        names = ("seed", "epochs", "batch_size", "shard", "remainder")
+        facts |= {name: getattr(self, name) for name in names}
+        facts |= {"start": self._schedule.start, "permutation": PERMUTATION_VERSION}
+        facts |= {"features": self.features} | self.settings
         return f"PackedSource({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqpack_jax.arrays import offsets_of
-from seqpack_jax.errors import OVER_LENGTH_HINT, check_int, fail
+from seqpack_jax.errors import MAX_LENGTH, OVER_LENGTH_HINT, check_int, fail
 from seqpack_jax.feeding.features import Features, make_features
 from seqpack_jax.feeding.packed_source import PackedSource
 from seqpack_jax.feeding.reading import make_ends, read_records
@@ -162,11 +162,10 @@ def _lengths_of(
             blocks = (np.arange(a, min(a + _BLOCK, size)) for a in range(0, size, _BLOCK))
             read = (read_records(caller, records, block, threads) for block in blocks)
             found = [length for block in read for length in map(measure, block)]
-        array = np.array(found, np.int64)
     except (TypeError, KeyError) as error:
         problem = f"the lengths of sequences cannot be counted ({error!r})"
         fail(caller, problem, "pass a list of arrays or of records, FlatSequences, or lengths=...")
-    return _given(caller, records, features, array)
+    return _given(caller, records, features, found)
 
 
 def _measure_of(caller: str, features: Features, first: Any) -> Callable[[Any], Any]:
@@ -179,22 +178,29 @@ def _measure_of(caller: str, features: Features, first: Any) -> Callable[[Any], 
 
 
 def _given(caller: str, records: Any, features: Features, lengths: Any) -> Int64:
-    shape, columns = np.shape(lengths), len(features.names)
+    columns = len(features.names)
     hint = "pass integers [n]" if columns == 1 else f"pass integers [n, {columns}]"
-    if len(shape) == 1 and columns == 1:
-        lengths, shape = np.asarray(lengths)[:, None], (*shape, 1)
-    if len(shape) != 2 or (shape[1] != columns and shape[0]):
-        problem = f"lengths has shape {shape} for {columns} capacities"
+    try:
+        array = np.asarray(lengths)
+    except ValueError:
+        fail(caller, "lengths is ragged", hint)
+    if array.ndim == 1 and (columns == 1 or not array.size):
+        array = array.reshape(-1, columns)
+    if array.ndim != 2 or (array.shape[1] != columns and array.size):
+        problem = f"lengths has shape {array.shape} for {columns} capacities"
         fail(caller, problem, f"{hint}: the tokens of each sequence in {', '.join(features.names)}")
-    if hasattr(records, "__len__") and len(records) != shape[0]:
-        problem = f"there are {shape[0]} lengths, but {len(records)} sequences"
+    if hasattr(records, "__len__") and len(records) != len(array):
+        problem = f"there are {len(array)} lengths, but {len(records)} sequences"
         fail(caller, problem, "pass one length per sequence")
-    array = np.asarray(lengths)
     if array.size and array.dtype.kind not in "iu":
         fail(caller, f"lengths has dtype {array.dtype}, not an integer dtype", hint)
     if array.size and int(array.min()) < 0:
         at = tuple(int(i) for i in np.argwhere(array < 0)[0])
         fail(caller, f"lengths[{at[0]}] = {array[at]}, but a length is at least 0", hint)
+    if array.size and int(array.max()) > MAX_LENGTH:
+        at = tuple(int(i) for i in np.argwhere(array > MAX_LENGTH)[0])
+        problem = f"lengths[{at[0]}] = {array[at]}, but a length is at most {MAX_LENGTH}"
+        fail(caller, problem, "check what computes lengths")
     return array.astype(np.int64, copy=False).reshape(-1, columns)
 
 

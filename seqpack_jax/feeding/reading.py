@@ -46,16 +46,19 @@ def read_records(caller: str, sequences: Any, ids: Int64, threads: int = 1) -> l
         ['a', 'c']
     """
     in_memory = isinstance(sequences, list | tuple | np.ndarray)
-    if isinstance(sequences, Sequence | np.ndarray) and len(ids) and int(ids.min()) < 0:
+    if isinstance(sequences, Sequence | np.ndarray) and int(ids.min(initial=0)) < 0:
         problem = f"sequence {ids[ids < 0][0]} is missing: an id is at least 0"
         fail(caller, problem, _MISSING)
     wanted = ids.tolist()
+    if not wanted:  # an empty row; not every source likes to be asked for nothing
+        return []
     at_once = getattr(sequences, "__getitems__", None)
     if at_once is not None:
         try:
             records = list(at_once(wanted))
-        except Exception:
+        except Exception as error:
             _read_each(caller, sequences, wanted)  # names the sequence, if it is one's fault
+            error.add_note(f"{caller}: while __getitems__ of {len(wanted)} ids was called")
             raise
         if len(records) != len(wanted):
             problem = f"__getitems__ of {len(wanted)} ids returned {len(records)} records"
@@ -94,9 +97,9 @@ def read_ahead(array: NDArray[Any], starts: Int64, stops: Int64) -> bool:
     Time: O(k log k), and a system call per slice.
 
     Args:
-        array: 1-D and contiguous; nothing is done unless it is (a view of) a memory map.
-        starts: int64 `[k]`, where slices start, in entries of the array.
-        stops: int64 `[k]`, where they end.
+        array: 1-D; nothing is done unless it is contiguous, and (a view of) a memory map.
+        starts: integers `[k]`, where slices start, in entries of the array.
+        stops: integers `[k]`, where they end.
 
     Returns:
         Whether something was asked.
@@ -108,9 +111,14 @@ def read_ahead(array: NDArray[Any], starts: Int64, stops: Int64) -> bool:
     memory = _memory()
     if memory is None or array.nbytes * _SHARE <= memory or len(starts) < 2:
         return False
+    if not array.flags.c_contiguous:
+        return False
     size = array.itemsize
+    # Offsets may be of a dtype too narrow for bytes; those of a damaged file point anywhere.
+    starts, stops = (np.clip(each.astype(np.int64), 0, len(array)) for each in (starts, stops))
     order = np.argsort(starts)
-    first, last = starts[order] * size, np.maximum.accumulate(stops[order]) * size
+    first = starts[order] * size
+    last = np.maximum.accumulate(np.maximum(starts, stops)[order]) * size
     edge = len(first) // 8  # a few slices far off, of rare lengths, say nothing
     if (int(last[-1 - edge]) - int(first[edge])) * _SHARE <= memory:
         return False
@@ -124,8 +132,12 @@ def read_ahead(array: NDArray[Any], starts: Int64, stops: Int64) -> bool:
     apart = np.flatnonzero(first[1:] > last[:-1] + _NEAR) + 1
     begin = (first[np.append(0, apart)] + shift) // mmap.PAGESIZE * mmap.PAGESIZE
     end = last[np.append(apart, len(last)) - 1] + shift
-    for a, b in zip(begin.tolist(), end.tolist(), strict=True):
-        owner.madvise(mmap.MADV_WILLNEED, a, b - a)
+    try:
+        for a, b in zip(begin.tolist(), end.tolist(), strict=True):
+            if a < b:
+                owner.madvise(mmap.MADV_WILLNEED, a, b - a)
+    except OSError:  # what is not asked for is read all the same
+        return False
     return True
 
 
@@ -176,6 +188,8 @@ class Ends(NamedTuple):
             ]
             dtype = array.dtype
             if name in features.capacities:
+                if not array.size:  # nothing has no dtype: np.array([])
+                    array, dtype = array.astype(np.int64), np.dtype(np.int64)
                 if array.ndim != 1 or dtype.kind not in "iu":
                     problem = f"feature {name!r} has shape {array.shape} and dtype {dtype}"
                     fail(caller, problem, "bos_id and eos_id go around 1-D arrays of integers")

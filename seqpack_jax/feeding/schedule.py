@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from seqpack_jax.errors import check_choice, check_int, fail
+from seqpack_jax.errors import MAX_TOTAL, check_choice, check_int, fail
 from seqpack_jax.planning.counts import Int64
 
 __all__ = ["Schedule", "make_schedule"]
@@ -112,7 +113,8 @@ def make_schedule(
     """Check what is asked for, and return the schedule from the first row on.
 
     Raises:
-        SeqpackError: an argument is out of range, or `"drop"` would leave no step at all.
+        SeqpackError: an argument is out of range, `"drop"` would leave no step at all, or there
+            are more items than can be counted.
     """
     schedule = Schedule(
         num_rows,
@@ -121,6 +123,12 @@ def make_schedule(
         _check_shard(caller, shard),
         check_choice(caller, "remainder", remainder, ("pad", "drop")),
     )
+    if schedule.rows_per_step > MAX_TOTAL:
+        problem = f"a step takes {schedule.rows_per_step} rows, at most 2**62 can be counted"
+        fail(caller, problem, "lower batch_size")
+    if (items := schedule.epochs * schedule.steps()) > sys.maxsize:
+        problem = f"{schedule.epochs} epochs are {items} items, more than Python's len() returns"
+        fail(caller, problem, "lower epochs")
     if schedule.steps() == 0:
         problem = f"the plan has {num_rows} rows, a step takes {schedule.rows_per_step}"
         hint = "lower batch_size, or use remainder='pad'"

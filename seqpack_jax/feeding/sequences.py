@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -25,6 +25,7 @@ __all__ = [
     "SequenceSource",
     "Transform",
     "fetch_records",
+    "like_others",
 ]
 
 _CUTTING = ("truncate", "truncate_left", "crop")  # policies that keep a window of a sequence
@@ -170,7 +171,7 @@ def fetch_records(
         tolerance: that of the plan.
         exact: `planned` are true lengths, before any policy; a sequence must have just that many
             tokens.
-        transform: gets each record as the source has it, and a generator of `(key, id)` alone.
+        transform: gets a copy of each record, and a generator of `(key, id)` alone.
         ends: what goes around each sequence.
         threads: see `read_records`.
 
@@ -222,6 +223,31 @@ def fetch_records(
     return Fetched(_columns(caller, features, records, source), first_positions, source)
 
 
+def like_others(
+    features: Features,
+    columns: Mapping[str, Sequence[NDArray[Any]]],
+    sample: Callable[[int], Fetched],
+) -> dict[str, NDArray[Any]]:
+    """Return what a batch takes dtypes and shapes from, where it has no tokens of a capacity.
+
+    So all batches are alike: nothing, such as `np.array([])`, has no dtype and shape of its own.
+
+    Args:
+        features: those of the records.
+        columns: of each feature, the arrays of all segments in the batch.
+        sample: reads a record that has tokens of the capacity of this number.
+
+    Returns:
+        Features of records, as `Features.pack` takes them; none if the batch has tokens of all.
+    """
+    like: dict[str, NDArray[Any]] = {}
+    for number, name in enumerate(features.names):
+        if not any(map(len, columns[name])):
+            found = {key: column[0] for key, column in sample(number).columns.items()}
+            like = found | like | {name: found[name]}
+    return like
+
+
 def _read(caller: str, sequences: Any, ids: Int64, threads: int) -> list[Any]:
     if isinstance(sequences, FlatSequences):
         with suppress(IndexError):  # below, the error gets a name
@@ -246,7 +272,9 @@ def _prepare(
             _transformed(caller, transform, record, index, key)
             for record, index in zip(records, names, strict=True)
         ]
-    bare = features.tokens_only and all(issubclass(t, np.ndarray) for t in set(map(type, records)))
+    types = set(map(type, records))
+    bare = features.tokens_only and all(issubclass(each, np.ndarray) for each in types)
+    bare = bare and np.ma.MaskedArray not in types
     known = flat and transform is None
     kinds = set(map(_KIND, records)) if bare and not known else set()
     if not bare or any(ndim != 1 or dtype.kind not in "iu" for ndim, dtype in kinds):
@@ -266,14 +294,27 @@ def _prepare(
 def _transformed(
     caller: str, transform: Transform, record: Any, index: int, key: int | None
 ) -> Any:
-    if isinstance(record, list):
-        record = np.asarray(record)
+    record = np.array(record) if isinstance(record, list) else _own(record)
     seed = seed_from_components(_TRANSFORM, 0 if key is None else key, index)
     try:
         return transform(record, np.random.Generator(np.random.PCG64(seed)))
     except Exception as error:
         error.add_note(f"{caller}: while sequence {index} was transformed")
         raise
+
+
+def _own(record: Any) -> Any:
+    """Copy the arrays of a record, so that a transform may write to it, not to the source."""
+    if isinstance(record, np.ndarray | list):
+        return record.copy()
+    if isinstance(record, dict):
+        copied = record.copy()
+        copied.update((name, _own(value)) for name, value in record.items())
+        return copied
+    if isinstance(record, tuple):
+        values = map(_own, record)
+        return type(record)(*values) if hasattr(record, "_fields") else tuple(values)
+    return record
 
 
 def _lengths_of(features: Features, records: list[Any]) -> Int64:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = ["PackIterDataset", "PackIterator", "as_stream"]
 
 _LOG = logging.getLogger(__name__)
 _FORMAT, _VERSION = "seqpack_jax.stream", 1
+_PLACE = ("settings", "parent", "records", "skip", "counts", "group", "batches")
 _GROUP_ROWS = 256  # of a group at least, unless a window says otherwise
 _BLOCK_RECORDS = 256  # the parent is asked for its state at most once in so many records
 _BLOCK_ROWS = 64  # single rows are filled this many at a time
@@ -58,7 +60,8 @@ class PackIterDataset(grain.IterDataset):  # type: ignore[misc]
             `[max_seq_len]`.
         window: batches (or single rows) in a group; None for as many as make 256 rows.  The more
             rows, the less padding, and the further records move.
-        seed: of the order of rows, and of the windows of `"crop"`.
+        seed: of the order of rows, and of the windows of `"crop"`.  Workers and processes of one
+            seed shuffle unlike each other, for what they read counts too.
         shuffle: whether the rows of a group are shuffled.
         over_length: an `OverLength`, or the name of its action, for records that are over a
             capacity.  With `"split"`, the pieces of a record stay in one group.  With several
@@ -212,7 +215,7 @@ class PackIterator(grain.DatasetIterator):  # type: ignore[misc]
         if self._given == number:
             self._packer.drop(len(group.ids))
             self._group, self._number, self._given = None, self._number + 1, 0
-            self._block_start = -1
+            self._block, self._block_start = {}, -1
         return item
 
     def _fill(self, group: Group, place: int, size: int | None) -> dict[str, Any]:
@@ -272,7 +275,7 @@ class PackIterator(grain.DatasetIterator):  # type: ignore[misc]
 
     def _mark(self) -> None:
         if not self._marks or self._marks[-1].records < self._records:
-            state = self._parent.get_state()
+            state = deepcopy(self._parent.get_state())  # it may be one that lives on
             self._marks.append(_Mark(state, self._records, tuple(self._packer.counts)))
 
     def get_state(self) -> dict[str, Any]:
@@ -289,7 +292,7 @@ class PackIterator(grain.DatasetIterator):  # type: ignore[misc]
             "format": _FORMAT,
             "version": _VERSION,
             "settings": self._digest,
-            "parent": mark.state,
+            "parent": deepcopy(mark.state),
             "records": mark.records,
             "skip": first - mark.records,
             "counts": list(mark.counts),
@@ -301,13 +304,16 @@ class PackIterator(grain.DatasetIterator):  # type: ignore[misc]
         """Go to where a stream of the same settings stood.
 
         Raises:
-            SeqpackError: the state is of another format or of other settings.
+            SeqpackError: the state is of another format, not whole, or of other settings.
         """
         caller = self._settings.caller
         form = (state.get("format"), state.get("version")) if isinstance(state, dict) else None
         if form != (_FORMAT, _VERSION):
             problem = f"the state has the format {form}, expected {(_FORMAT, _VERSION)}"
             fail(caller, problem, "pass what get_state of such an iterator returned")
+        lacking = [name for name in _PLACE if name not in state]
+        if lacking:
+            fail(caller, f"the state has no {lacking[0]!r}", "pass all that get_state returned")
         if state["settings"] != self._digest:
             fail(
                 caller,
@@ -315,11 +321,11 @@ class PackIterator(grain.DatasetIterator):  # type: ignore[misc]
                 f"{self._digest}: {self._settings}",
                 "restore it with the arguments that it was saved with",
             )
-        self._parent.set_state(state["parent"])
+        self._parent.set_state(deepcopy(state["parent"]))  # it may go on to change what it gets
         self._start(StreamPacker(self._settings, state["counts"]))
         self._records = state["records"]
         self._skip_to = self._records + state["skip"]
-        self._marks = [_Mark(state["parent"], self._records, tuple(state["counts"]))]
+        self._marks = [_Mark(deepcopy(state["parent"]), self._records, tuple(state["counts"]))]
         self._number, self._given = state["group"], state["batches"]
 
     def _say_counts(self) -> None:

@@ -7,17 +7,18 @@ and where the stream stands says all there is to know.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple, NoReturn
+from zlib import crc32
 
 import numpy as np
 
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import fail
 from seqpack_jax.feeding.features import Features
-from seqpack_jax.feeding.layout import round_up
+from seqpack_jax.feeding.layout import as_numbers, round_up
 from seqpack_jax.feeding.prefixes import longest_prefix, longest_vector_prefix
 from seqpack_jax.permutation import seed_from_components
 from seqpack_jax.planning.over_length import (
@@ -270,7 +271,14 @@ class StreamPacker:
             None if self._firsts is None else self._firsts[:size],
             rows,
         )
-        return group._replace(rows=_in_order(settings, group, self._key, number)) if size else group
+        if size and settings.shuffle:
+            # What is read counts, for the workers and processes of a run mostly share a seed, and
+            # rows lie as best fit opened them.  Lengths do, as a place in the group rests on them.
+            read = crc32(np.array(lengths[:size], "<i8").tobytes())
+            rows = _shuffled(rows, seed_from_components(self._key, number, read))
+        if size and settings.group_by is not None:
+            rows = _by_feature(settings, group, rows, settings.group_by)
+        return group._replace(rows=rows)
 
     def drop(self, size: int) -> None:
         """Forget the first segments that wait: a group was given."""
@@ -283,22 +291,27 @@ class StreamPacker:
         self.full = min(self._room) < 0 or len(self.ids) > self._most
 
 
-def _in_order(settings: StreamSettings, group: Group, key: int, number: int) -> list[list[int]]:
-    """Return the rows of a group in the order in which they are given."""
-    rows = group.rows
-    if settings.shuffle:
-        # Of all that is random in Python, `Random.random` alone is the same in every version.
-        draw = Random(key + number).random
-        keys = [draw() for _ in rows]
-        rows = [rows[k] for k in sorted(range(len(rows)), key=keys.__getitem__)]
-    if settings.group_by is not None:
-        name = settings.group_by
-        rows = sorted(rows, key=lambda row: _mean_group(group.records[k][name] for k in row))
-    return rows
+def _shuffled(rows: list[list[int]], seed: int) -> list[list[int]]:
+    # Of all that is random in Python, `Random.random` alone is the same in every version.
+    draw = Random(seed).random
+    keys = [draw() for _ in rows]
+    return [rows[k] for k in sorted(range(len(rows)), key=keys.__getitem__)]
 
 
-def _mean_group(values: Iterable[Any]) -> float:
-    """Return the mean of the distinct values other than 0."""
-    distinct = np.unique(np.concatenate([np.atleast_1d(value) for value in values]))
-    number = np.count_nonzero(distinct)
-    return float(distinct.sum()) / number if number else 0.0
+def _by_feature(
+    settings: StreamSettings, group: Group, rows: list[list[int]], name: str
+) -> list[list[int]]:
+    """Return rows in the order of the mean of the distinct values, other than 0, in them."""
+
+    def values(index: int) -> Any:
+        what, record = f"record {group.ids[index]}", group.records[index]
+        if name not in record:
+            fail(settings.caller, f"{what} has no feature {name!r}", "rows are ordered by it")
+        return np.ravel(as_numbers(settings.caller, f"feature {name!r} of {what}", record[name]))
+
+    def mean(row: list[int]) -> float:
+        distinct = np.unique(np.concatenate([values(index) for index in row]))
+        number = np.count_nonzero(distinct)
+        return float(distinct.sum()) / number if number else 0.0
+
+    return sorted(rows, key=mean)

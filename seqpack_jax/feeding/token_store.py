@@ -82,19 +82,21 @@ class KeyedSequences:
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the tokens of the sequence whose id is `index`: a view."""
         index = check_int("KeyedSequences", "index", index)
-        place = int(self.ids.searchsorted(index))
-        if place == len(self.ids) or self.ids[place] != index:
+        if not -(2**63) <= index < 2**63:
             raise KeyError(index)
-        return self.flat[place if self.rows is None else int(self.rows[place])]
+        return self.flat[int(self._rows_of(np.array([index]))[0])]
 
     def __getitems__(self, indices: ArrayLike) -> list[NDArray[Any]]:
         """Return the tokens of several sequences: views (see `FlatSequences.__getitems__`)."""
-        index = np.asarray(indices, np.int64)
-        places = np.minimum(self.ids.searchsorted(index), len(self.ids) - 1)
+        return self.flat.__getitems__(self._rows_of(np.asarray(indices, np.int64)))
+
+    def _rows_of(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        # In the dtype of the ids, all of which NumPy would cast otherwise, uint64 to floats.
+        places = np.minimum(self.ids.searchsorted(index.astype(self.ids.dtype)), len(self.ids) - 1)
         missing = self.ids[places] != index if len(self.ids) else np.ones(len(index), np.bool_)
         if missing.any():
             raise KeyError(int(index[missing.argmax()]))
-        return self.flat.__getitems__(places if self.rows is None else self.rows[places])
+        return places if self.rows is None else self.rows[places]
 
     def __getstate__(self) -> dict[str, Any]:
         rows = None if self.rows is None else to_portable(self.rows)

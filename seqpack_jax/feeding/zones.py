@@ -149,7 +149,7 @@ class Zones:
         rank = number[owner]
         tables = [(self._table(each), here) for each, here in _parts(of_slot)]
         for table, here in tables:
-            rank[here] += table.ranks[slot[here]]
+            rank[here] += table.ranks[slot[here]].astype(np.int64)
             size[here] = table.sizes[group[here]]
         if key is not None:
             planned = pools_of_slots(self.plan)[slot].astype(np.uint64)
@@ -282,7 +282,9 @@ def _shares(slots: _Slots, totals: Int64) -> Int64:
     group = np.repeat(np.arange(len(totals)), np.diff(pools))
 
     def ids_below(cell: Int64) -> Int64:
-        return np.asarray((counts * (cell / 2.0**40)[group] + 0.5).astype(np.int64))
+        below = (counts * (cell / 2.0**40)[group] + 0.5).astype(np.int64)
+        # Not by a float in the end, which cannot tell 2**53 from the next.
+        return np.where((cell < 2**40)[group], np.minimum(below, counts), counts)
 
     low, high = np.zeros(len(totals), np.int64), np.full(len(totals), 2**40 + 1)
     while (high - low > 1).any():  # the last cell that begins inside the totals
@@ -291,10 +293,10 @@ def _shares(slots: _Slots, totals: Int64) -> Int64:
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
     shares = ids_below(low)
     rest = totals - np.add.reduceat(shares, pools[:-1])
-    has_more = ids_below(low + 1) > shares
-    before = offsets_of(has_more)
-    nth = before[:-1] - before[pools[:-1]][group]
-    return np.asarray(shares + (has_more & (nth < rest[group])))
+    more = ids_below(low + 1) - shares  # of a cell: one, unless there are over 2**40 ids
+    before = offsets_of(more)[:-1]
+    before -= before[pools[:-1]][group]
+    return np.asarray(shares + np.clip(rest[group] - before, 0, more))
 
 
 def _parts(zone: Int64) -> list[tuple[int, Any]]:

@@ -102,14 +102,16 @@ class PackingStats:
         Time: O(size of the plan), whatever the number of sequences.
 
         Args:
-            plan: any plan.
+            plan: any plan; of a `VectorPlan`, a column of it.
             rows_per_step: bins in one global batch.
             report: what the over-length policy touched, `pools.report`; a plan does not know.
 
         Raises:
-            SeqpackError: `rows_per_step` is below 1.
+            SeqpackError: `rows_per_step` is below 1, or the plan has several capacities.
         """
         caller = "PackingStats.from_plan"
+        if not isinstance(plan.max_seq_len, int):
+            fail(caller, "the plan has several capacities", "pass plan.column(0), or another one")
         bound = -(-plan.num_tokens // plan.max_seq_len)
         if plan.certificate is not None:
             bound = max(bound, plan.certificate.lower_bound)
@@ -135,9 +137,7 @@ class PackingStats:
     ) -> PackingStats:
         """Take the figures of `{template: bins}`, as the seed library packs histograms.
 
-        Time: O(size of the templates), whatever the number of bins.
-
-        The other arguments are those of `from_plan`.
+        Time: O(size of the templates).  The other arguments are those of `from_plan`.
 
         Raises:
             SeqpackError: a template is empty, over `max_seq_len` or holds a length below 1.

@@ -277,7 +277,8 @@ class _Groups:
         for length, weight in zip(vector, self.weights, strict=True):
             least += length * weight
         start = int(self.score[: self.in_order].searchsorted(least))
-        step, found = 128, []
+        step = 128
+        found: list[int] = []
         while start < self.in_order and not found:
             fits = self._fits(vector, start, min(start + step, self.in_order))
             at = int(fits.argmax())
@@ -348,9 +349,10 @@ class _Groups:
     def _grow(self, groups: int) -> None:
         if (extra := self.size + groups - len(self.node)) > 0:
             extra = max(extra, len(self.node))
-            self.node, self.bins, self.more, self.score = (
-                np.pad(each, (0, extra)) for each in (self.node, self.bins, self.more, self.score)
+            self.node, self.bins, self.more = (
+                np.pad(each, (0, extra)) for each in (self.node, self.bins, self.more)
             )
+            self.score = np.pad(self.score, (0, extra))
             self.room = np.pad(self.room, ((0, 0), (0, extra)))
 
     def _add(self, index: Int64, vector: list[int], number: int, repeats: Int64) -> None:
