@@ -1,7 +1,6 @@
 """Records of several features through `PackedSource`: every value once, for any way of reading."""
 
 import json
-import mmap
 import pickle
 import threading
 from collections import Counter
@@ -15,9 +14,8 @@ from hypothesis import strategies as st
 from policy_reference import CAPACITY, CUTS, kept
 
 import seqpack_jax as sp
-from seqpack_jax.feeding import reading
 from seqpack_jax.feeding.batch import unpack_batch, unpack_by_id
-from seqpack_jax.feeding.reading import read_ahead, read_records
+from seqpack_jax.feeding.reading import read_records
 from seqpack_jax.feeding.token_store import KeyedSequences
 from seqpack_jax.planning.over_length import OverLength
 from seqpack_jax.planning.vectors import pack_vectors
@@ -660,88 +658,6 @@ def test_keyed_sequences_are_read_in_one_call():
     assert nothing.__getitems__([]) == []
     with pytest.raises(KeyError, match="3"):
         nothing.__getitems__([3])
-
-
-def test_slices_far_apart_in_a_large_map_are_asked_for(tmp_path, monkeypatch):
-    np.save(tmp_path / "tokens.npy", np.arange(1 << 20, dtype=np.uint16))
-    tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r")
-    asked = []
-
-    class Watched(mmap.mmap):
-        def madvise(self, option, start, length):
-            asked.append((option, start, length))
-            return super().madvise(option, start, length)
-
-    with open(tmp_path / "tokens.npy", "rb") as file:
-        mapped = Watched(file.fileno(), 0, access=mmap.ACCESS_READ)
-    view = np.frombuffer(mapped, np.uint16, offset=128)
-    starts = np.array([900_000, 100, 1_000_000, 100_000])
-    places = view, starts, starts + 10
-    assert not read_ahead(*places), "the file fits into memory"
-    monkeypatch.setattr(reading, "_memory", lambda: 1 << 20)
-    assert read_ahead(*places)
-    page = mmap.PAGESIZE
-    for (option, start, length), place in zip(asked, sorted(starts.tolist()), strict=True):
-        assert option == mmap.MADV_WILLNEED
-        assert start % page == 0
-        assert start <= 128 + 2 * place
-        assert start + length >= 128 + 2 * (place + 10)
-        assert length <= page + 20
-    assert not read_ahead(view, starts % 1000, starts % 1000 + 10), "they lie side by side"
-    assert not read_ahead(np.array(view), *places[1:]), "this is no map"
-    monkeypatch.setattr(reading, "_memory", lambda: None)
-    assert not read_ahead(*places)
-    monkeypatch.setattr(reading, "_memory", lambda: 1 << 12)
-    flat = sp.FlatSequences(tokens, np.arange(0, (1 << 20) + 1, 1 << 16))
-    assert [a[0] for a in flat.__getitems__([3, 0])] == [tokens[3 << 16], tokens[0]]
-    with pytest.raises(IndexError, match="sequence 16 of 16"):
-        flat.__getitems__([3, 16])
-
-
-@pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
-def test_slices_of_a_map_beyond_4_gigabytes_are_asked_for(tmp_path, monkeypatch, dtype):
-    with open(tmp_path / "tokens.bin", "wb") as file:
-        file.truncate(6 << 30)  # without a byte on the disk
-    tokens = np.memmap(tmp_path / "tokens.bin", np.int32, "r")
-    monkeypatch.setattr(reading, "_memory", lambda: 1 << 20)
-    offsets = np.linspace(0, len(tokens), 7).astype(dtype)
-    for order in (1, -1):  # what is not contiguous is read without being asked for
-        flat = sp.FlatSequences(tokens[::order], offsets)
-        assert [len(each) for each in flat.__getitems__([5, 1])] == [1 << 28] * 2
-    assert read_ahead(np.asarray(tokens), offsets[[5, 1]], offsets[[6, 2]])
-
-
-def test_asking_for_slices_is_never_an_error(monkeypatch):
-    monkeypatch.setattr(reading, "_memory", lambda: 1 << 12)
-    view = np.frombuffer(mmap.mmap(-1, 1 << 22), np.uint8)
-    for starts, stops in (
-        ([0, 1 << 22], [10, 1 << 22]),  # the last is empty, at the end of the map
-        ([0, 1 << 30], [10, 1 << 31]),  # offsets of a damaged file
-        ([9, 1 << 21, 1 << 20], [3, 10, 20]),
-    ):
-        assert read_ahead(view, np.array(starts), np.array(stops))
-
-    class Refused(mmap.mmap):
-        def madvise(self, option, start, length):
-            raise OSError(9, "Bad file descriptor")
-
-    view = np.frombuffer(Refused(-1, 1 << 22), np.uint8)
-    assert not read_ahead(view, np.array([0, 1 << 21]), np.array([10, 1 << 22]))
-
-
-def test_slices_are_merged_when_they_are_near(monkeypatch):
-    monkeypatch.setattr(reading, "_memory", lambda: 1 << 12)
-    asked = []
-
-    class Watched(mmap.mmap):
-        def madvise(self, option, start, length):
-            asked.append((start, length))
-
-    view = np.frombuffer(Watched(-1, 1 << 22), np.uint8)
-    starts = np.array([3_000_000, 0, 10_000, 3_100_000, 5000])
-    assert read_ahead(view, starts, starts + 6000)
-    first = 3_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
-    assert asked == [(0, 16_000), (first, 3_106_000 - first)]
 
 
 # --- lengths and plans ----------------------------------------------------------------------------

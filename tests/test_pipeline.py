@@ -362,15 +362,18 @@ def collect_at_the_end():
 
 
 @pytest.mark.usefixtures("collect_at_the_end")
-@pytest.mark.parametrize("kind", [dataset, pytest.param(loader, marks=pytest.mark.slow)])
-def test_two_workers_give_the_same_batches_and_resume(kind):
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [(dataset, 1), *(pytest.param(k, 2, marks=pytest.mark.slow) for k in (dataset, loader))],
+)
+def test_workers_give_the_same_batches_and_resume(kind, workers):
     source = source_of(n=60, epochs=1)
     whole = [source[i] for i in range(len(source))]
-    iterator = iter(kind(source, 2))
+    iterator = iter(kind(source, workers))
     seen = [next(iterator) for _ in range(3)]
     state = iterator.get_state()
     equal(seen + list(iterator), whole)
-    restored = iter(kind(source, 2))
+    restored = iter(kind(source, workers))
     restored.set_state(state)
     equal(list(restored), whole[3:])
 

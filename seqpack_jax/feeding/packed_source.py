@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from seqpack_jax.errors import check_int, fail
 from seqpack_jax.feeding.epoch import materialize_epoch
 from seqpack_jax.feeding.features import make_features
+from seqpack_jax.feeding.prefetch import Prefetch
 from seqpack_jax.feeding.reading import make_ends
 from seqpack_jax.feeding.schedule import make_schedule
 from seqpack_jax.feeding.sequences import Fetched, Transform, fetch_records, like_others
@@ -43,6 +44,7 @@ class _Drawn(NamedTuple):
 class _Cache:
     """What was read last; no item depends on it."""
 
+    prefetch: Prefetch
     drawn: _Drawn | None = None  # the last block that was drawn
     touched: tuple[int, int] | None = None  # the block of the item that was drawn last
     runs: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)  # two, of single rows
@@ -180,7 +182,7 @@ class PackedSource:
         self.shard, self.remainder = self._schedule.shard, self._schedule.remainder
         self.steps_per_epoch: int = self._schedule.steps()
         self._digest = plan.digest()
-        self._cache = _Cache()
+        self._cache = _Cache(Prefetch(self.sequences, self.zones))
 
     @property
     def rows_per_step(self) -> int:
@@ -209,9 +211,7 @@ class PackedSource:
 
     @property
     def stats(self) -> PackingStats:
-        """Figures of one epoch over all shards, what the policy touched among them.
-
-        Time: O(size of the plan).
+        """Figures of one epoch over all shards.  Time: O(size of the plan).
 
         Raises:
             SeqpackError: the plan has several capacities.
@@ -360,9 +360,12 @@ class PackedSource:
         drawn = cache.drawn  # one read: other threads may put another block there
         if drawn is not None and drawn.block == (epoch, number):
             return drawn, item
-        if cache.touched != (epoch, number):
+        in_order = drawn is not None and drawn.block == (epoch, number - 1)
+        in_order |= cache.touched is None and self.zones > 1  # they are for reading in order
+        if cache.touched != (epoch, number) and not in_order:
             cache.touched = (epoch, number)
             return self._draw_steps((epoch, number), range(step, step + 1), first), 0
+        cache.touched = (epoch, number)
         last = min((number + 1) * size, self._schedule.steps(first))
         cache.drawn = drawn = self._draw_steps((epoch, number), range(number * size, last), first)
         return drawn, item
@@ -372,14 +375,18 @@ class PackedSource:
         rows, held = self._schedule.rows_of(steps, first)
         epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
         bins, planned = epoch.bins_and_lengths(rows)
-        return _Drawn(block, bins, planned, [0, *np.cumsum(held).tolist()])
+        firsts = [0, *np.cumsum(held).tolist()]
+        scattered = len(steps) == 1 and len(bins) < _BLOCK_ROWS
+        last = len(bins) if scattered else firsts[-2]
+        self._cache.prefetch.ask(bins, last, epoch, int(rows.max(initial=0)))
+        return _Drawn(block, bins, planned, firsts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cache = _Cache()
+        self._cache = _Cache(Prefetch(self.sequences, self.zones))
 
     def __repr__(self) -> str:
         """Say what determines the items; Grain compares this when it restores a checkpoint.

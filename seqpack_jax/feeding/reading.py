@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,11 +13,9 @@ from seqpack_jax.errors import check_int, fail
 from seqpack_jax.feeding.features import Features
 from seqpack_jax.planning.histogram import Int64
 
-__all__ = ["NO_ENDS", "Ends", "make_ends", "read_ahead", "read_records"]
+__all__ = ["NO_ENDS", "Ends", "make_ends", "read_records"]
 
 _MISSING = "pass the sequences planned"
-_NEAR = 1 << 17  # bytes that Linux reads around a page that is missing
-_SHARE = 4  # what spans more than this part of the memory is not taken to stay in it
 
 
 def read_records(caller: str, sequences: Any, ids: Int64, threads: int = 1) -> list[Any]:
@@ -84,68 +80,6 @@ def _read_each(caller: str, sequences: Any, ids: list[int]) -> list[Any]:
             error.add_note(f"{caller}: while sequence {index} was read")
             raise
     return records
-
-
-def read_ahead(array: NDArray[Any], starts: Int64, stops: Int64) -> bool:
-    """Ask the kernel to read slices of a memory map in the background, all of them at once.
-
-    Where slices lie far apart in a large file, they are not in memory, and each would be waited
-    for: from a cold disk, asking first is 30 times faster.  Where they lie in a stretch that fits
-    into memory, as those of a zone do, the kernel's own reading around each slice brings in the
-    next ones, and asking would take longer than it saves; so nothing is asked.
-
-    Time: O(k log k), and a system call per slice.
-
-    Args:
-        array: 1-D; nothing is done unless it is contiguous, and (a view of) a memory map.
-        starts: integers `[k]`, where slices start, in entries of the array.
-        stops: integers `[k]`, where they end.
-
-    Returns:
-        Whether something was asked.
-
-    Example:
-        >>> read_ahead(np.arange(9), np.array([0]), np.array([9]))
-        False
-    """
-    memory = _memory()
-    if memory is None or array.nbytes * _SHARE <= memory or len(starts) < 2:
-        return False
-    if not array.flags.c_contiguous:
-        return False
-    size = array.itemsize
-    # Offsets may be of a dtype too narrow for bytes; those of a damaged file point anywhere.
-    starts, stops = (np.clip(each.astype(np.int64), 0, len(array)) for each in (starts, stops))
-    order = np.argsort(starts)
-    first = starts[order] * size
-    last = np.maximum.accumulate(np.maximum(starts, stops)[order]) * size
-    edge = len(first) // 8  # a few slices far off, of rare lengths, say nothing
-    if (int(last[-1 - edge]) - int(first[edge])) * _SHARE <= memory:
-        return False
-    owner: Any = array
-    while owner is not None and not isinstance(owner, mmap.mmap):
-        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
-    if owner is None:
-        return False
-    whole = np.frombuffer(owner, np.uint8)
-    shift = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-    apart = np.flatnonzero(first[1:] > last[:-1] + _NEAR) + 1
-    begin = (first[np.append(0, apart)] + shift) // mmap.PAGESIZE * mmap.PAGESIZE
-    end = last[np.append(apart, len(last)) - 1] + shift
-    try:
-        for a, b in zip(begin.tolist(), end.tolist(), strict=True):
-            if a < b:
-                owner.madvise(mmap.MADV_WILLNEED, a, b - a)
-    except OSError:  # what is not asked for is read all the same
-        return False
-    return True
-
-
-def _memory() -> int | None:
-    """Return the bytes of memory of this machine, None where slices cannot be asked for."""
-    if not hasattr(mmap, "MADV_WILLNEED") or not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Ends(NamedTuple):

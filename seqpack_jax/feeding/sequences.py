@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from seqpack_jax.arrays import from_portable, to_portable
 from seqpack_jax.errors import check_int, check_integers, fail
 from seqpack_jax.feeding.features import Features
-from seqpack_jax.feeding.reading import NO_ENDS, Ends, read_ahead, read_records
+from seqpack_jax.feeding.reading import NO_ENDS, Ends, read_records
 from seqpack_jax.permutation import seed_from_components
 from seqpack_jax.planning.histogram import Int64, coarsen_lengths
 from seqpack_jax.planning.over_length import OverLength, Pieces, window_starts
@@ -92,18 +92,13 @@ class FlatSequences:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def __getitems__(self, indices: ArrayLike) -> list[NDArray[Any]]:
-        """Return the tokens of several sequences: views.
-
-        Where they lie far apart in a memory map that is larger than the page cache can be expected
-        to hold, the kernel is asked to read all of them at once (see `read_ahead`).
-        """
+        """Return the tokens of several sequences: views."""
         index = np.asarray(indices, np.int64)
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             wrong = index[(index < 0) | (index >= len(self))][0]
             raise IndexError(f"sequence {wrong} of {len(self)}")
         tokens = np.asarray(self.tokens)  # slices of a memmap object are slow to make
         starts, stops = self.offsets[index], self.offsets[index + 1]
-        read_ahead(tokens, starts, stops)
         return [tokens[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def __iter__(self) -> Iterator[NDArray[Any]]:

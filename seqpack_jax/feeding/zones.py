@@ -126,6 +126,14 @@ class Zones:
             number[here] -= bin_starts[template[here]]
         return zone, template, number
 
+    def next_start(self, index: int, key: int | None, *, shuffle: bool) -> int:
+        """Return the first bin, in the order of the epoch, of the zone behind that of a bin.
+
+        Time: O(log zones), once O(zones).
+        """
+        _, starts = self._order(key if shuffle else None)
+        return int(starts[np.searchsorted(starts, index, side="right")])
+
     def ranks(
         self, zone: Int64, number: Int64, slot: Int64, owner: Int64, key: int | None
     ) -> Int64:
