@@ -55,7 +55,7 @@ class PackOperation:
         multiple_of: every segment starts at a multiple of it.
         meta_features: arrays that come once per sequence.
         metadata: add `segment_lengths`, `ids` and `row_valid` to batches.
-        key_style: how the arrays of a batch are called (see `key_styles`).
+        key_style: how the arrays of a batch are called (`help("seqpack_jax.feeding.key_styles")`).
 
     Raises:
         SeqpackError: an argument is out of range; when iterating, a record cannot be packed, is

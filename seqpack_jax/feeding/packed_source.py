@@ -92,7 +92,7 @@ class PackedSource:
         pad_value: what stands on padding, a number, or numbers by feature.
         meta_features: arrays in records that come once per sequence.
         metadata: add `segment_lengths`, `ids` and `row_valid` to items (see `unpack_by_id`).
-        key_style: how the arrays of items are called (see `key_styles`).
+        key_style: how arrays are called: `help("seqpack_jax.feeding.key_styles")`.
         transform: `transform(record, rng)` returns the record that is packed in its place, of as
             many tokens as were planned.  It gets a copy of what `sequences` gave (lists as arrays),
             which it may write to, and a `numpy.random.Generator` of seed, epoch and id alone.
@@ -274,10 +274,10 @@ class PackedSource:
         index = check_int("PackedSource", "index", index)
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        if self.batch_size:
-            drawn, item = self._draw(index)
-            return self._fill(drawn, item, item + 1)
-        return self._row(index)
+        if self.batch_size is None:
+            return self._row(index)
+        drawn, item = self._draw(index)
+        return self._fill(drawn, item, item + 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -376,8 +376,7 @@ class PackedSource:
         epoch = replace(self._first, key=seed_from_components(self.seed, block[0]))
         bins, planned = epoch.bins_and_lengths(rows)
         firsts = [0, *np.cumsum(held).tolist()]
-        scattered = len(steps) == 1 and len(bins) < _BLOCK_ROWS
-        last = len(bins) if scattered else firsts[-2]
+        last = len(bins) if len(steps) == 1 and len(bins) < _BLOCK_ROWS else firsts[-2]
         self._cache.prefetch.ask(bins, last, epoch, int(rows.max(initial=0)))
         return _Drawn(block, bins, planned, firsts)
 
