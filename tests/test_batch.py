@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import over_length_packings, packings, random_sequences
 
 import seqpack_jax as sp
-from seqpack_jax.feeding.batch import fill_rows, unpack_by_id, validate_batch
+from seqpack_jax.feeding.batch import unpack_by_id, validate_batch
 from seqpack_jax.feeding.features import make_features
 from seqpack_jax.feeding.key_styles import KEY_STYLES
 
@@ -39,17 +39,6 @@ def test_equals_the_token_by_token_version(packing, extra, pad, as_flat):
         assert array.shape == (len(bins) + extra, capacity)
         assert array.tolist() == rows
         assert array.flags.owndata or array.base.flags.owndata
-
-
-def test_rows_are_filled_without_a_plan():
-    arrays = [np.array([5, 6], np.uint8), np.array([7]), np.array([8, 9])]
-    batch = fill_rows("test", arrays, np.array([0, 2, 3]), 3, 4, -1, np.array([0, 3, 10]))
-    assert batch.tokens.tolist() == [[5, 6, 7, -1], [8, 9, -1, -1], [-1] * 4]
-    assert batch.segment_ids.tolist() == [[1, 1, 2, 0], [1, 1, 0, 0], [0] * 4]
-    assert batch.positions.tolist() == [[0, 1, 3, 0], [10, 11, 0, 0], [0] * 4]
-    assert batch.features == {}
-    with pytest.raises(sp.SeqpackError, match="test: bin 1 holds 2 tokens of 1"):
-        fill_rows("test", arrays[1:], np.array([0, 1, 2]), 2, 1, 0)
 
 
 @given(packing=packings())

@@ -1,7 +1,6 @@
 """Checkpoints of PackedDataset: Grain's handler, both generations of Orbax, with a model beside."""
 
 import asyncio
-import gc
 import json
 from functools import cache
 
@@ -12,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp1
 import pytest
+from comparing import equal
 from etils import epath
 from flax import nnx
 
@@ -31,23 +31,6 @@ def source_of(**options):
 
 def iterator_of(workers=0, **options):
     return iter(sp.PackedDataset(source_of(**options), num_workers=workers))
-
-
-def equal(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-@pytest.fixture
-def collect_at_the_end():
-    """Free the semaphores of dropped workers here, not whenever the collector happens to run."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 # --- a model and its optimizer beside ---------------------------------------------------------

@@ -3,13 +3,13 @@
 A test is named after the right behaviour; its comment names the section that has the trap.
 """
 
-import gc
 import json
 
 import grain
 import jax
 import numpy as np
 import pytest
+from comparing import equal
 
 import seqpack_jax as sp
 from seqpack_jax.feeding.resuming import PackedDataset
@@ -111,15 +111,6 @@ def ids_in(batches):
     return found
 
 
-def equal(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
-
-
 def through_json(state):
     """A state as a checkpoint gives it back; that of a `DataLoader` is bytes already."""
     return state if isinstance(state, bytes) else json.loads(json.dumps(state))
@@ -135,15 +126,6 @@ def check_resume(make):
         equal(list(restored), whole[step:])
         next(iterator, None)
     return whole
-
-
-@pytest.fixture
-def collect_at_the_end():
-    """Free the semaphores of dropped workers here, not while another is registered (3.13)."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 # --- 1.4 and 1.2: resuming -----------------------------------------------------------------------

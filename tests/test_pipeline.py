@@ -1,6 +1,5 @@
 """Grain: every id once per epoch, known steps, and exact resume at every step."""
 
-import gc
 import json
 import logging
 import pickle
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 import pytest
+from comparing import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_sequences
@@ -48,15 +48,6 @@ def ids_in(batches):
             assert not tokens[segments == 0].any()
             assert not positions[segments == 0].any()
     return found
-
-
-def equal(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
 
 
 @settings(max_examples=40)
@@ -347,18 +338,6 @@ def test_another_plan_is_refused_by_the_loader():
     state = iter(loader(source_of())).get_state()
     with pytest.raises(ValueError, match="PackedSource"):
         iter(loader(source_of(seed=4))).set_state(state)
-
-
-@pytest.fixture
-def collect_at_the_end():
-    """Free the semaphores of dropped workers here, not whenever the collector happens to run.
-
-    CPython 3.13 complains when it frees one while it registers another ("ReentrantCallError").
-    """
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 @pytest.mark.usefixtures("collect_at_the_end")

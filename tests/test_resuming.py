@@ -19,6 +19,7 @@ import cloudpickle
 import grain
 import numpy as np
 import pytest
+from comparing import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_directories import prepare_in_shards, write_lengths
@@ -47,15 +48,6 @@ def dataset_of(*, workers=0, **options):
     return PackedDataset(source_of(**options), num_workers=workers)
 
 
-def equal(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
-
-
 def carried(state):
     """A state as a checkpoint keeps it."""
     text = json.dumps(state)
@@ -78,18 +70,6 @@ def rows_in(items):
 def row_stream(**options):
     """Every row of all epochs, one by one: what no restart may change."""
     return rows_in(source_of(**options, batch_size=None))
-
-
-@pytest.fixture
-def collect_at_the_end():
-    """Free the semaphores of dropped workers here, not whenever the collector happens to run.
-
-    CPython 3.13 complains when it frees one while it registers another ("ReentrantCallError").
-    """
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """PackIterDataset: exact resume at every step, conservation, density, and the order of a stream."""
 
-import gc
 import json
 import logging
 import tracemalloc
@@ -8,6 +7,7 @@ import tracemalloc
 import grain
 import numpy as np
 import pytest
+from comparing import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_reference import CAPACITY, check_report, check_segments, coded, policies
@@ -68,15 +68,6 @@ def flavour(name, n=70):
     return PackIterDataset(stream(records), **options)
 
 
-def same(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
-
-
 def through_json(state):
     return json.loads(json.dumps(state))
 
@@ -85,7 +76,7 @@ def through_json(state):
 def test_every_flavour_resumes_at_every_step(name):
     whole = list(flavour(name))
     assert len(whole) > 5 or name == "one group"
-    same(whole, list(flavour(name)))
+    equal(whole, list(flavour(name)))
     iterator, live = iter(flavour(name)), iter(flavour(name))
     for step in range(len(whole) + 1):
         state = through_json(iterator.get_state())
@@ -95,7 +86,7 @@ def test_every_flavour_resumes_at_every_step(name):
         assert restored.get_state() == state
         live.set_state(state)  # each time after it was exhausted
         for again in (restored, live):
-            same(list(again), whole[step:])
+            equal(list(again), whole[step:])
             assert again.get_state()["batches"] == 0
         next(iterator, None)
         assert restored.report == live.report
@@ -120,17 +111,8 @@ def test_grains_checkpoint_handler(name, tmp_path):
         (tmp_path / str(step)).mkdir()
         handler.save(tmp_path / str(step), iterator)
         restored = handler.restore(tmp_path / str(step), iter(flavour(name)))
-        same(list(restored), whole[step:])
+        equal(list(restored), whole[step:])
         next(iterator)
-
-
-@pytest.fixture
-def collect_at_the_end():
-    """Free the semaphores of dropped workers here, not whenever the collector happens to run."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
 
 
 @pytest.mark.slow
@@ -179,7 +161,7 @@ def test_every_flavour_resumes_with_workers(workers):
         restored.set_state(states[step])
         rest = list(restored)
         assert [batch.pop("flavour") for batch in rest] == names[step:]
-        same(rest, whole[step:])
+        equal(rest, whole[step:])
 
 
 def test_followed_by_other_transformations():
@@ -194,7 +176,7 @@ def test_followed_by_other_transformations():
     for step in range(len(whole)):
         restored = iter(dataset())
         restored.set_state(through_json(iterator.get_state()))
-        same(list(restored), whole[step:])
+        equal(list(restored), whole[step:])
         next(iterator)
 
 
@@ -223,7 +205,7 @@ def test_over_a_parent_with_a_state_of_its_own():
     for step in range(len(whole) + 1):
         restored = iter(dataset())
         restored.set_state(through_json(iterator.get_state()))
-        same(list(restored), whole[step:])
+        equal(list(restored), whole[step:])
         next(iterator, None)
 
 
@@ -232,8 +214,8 @@ def test_iterators_of_one_dataset_are_independent():
     whole = list(dataset)
     one, two = iter(dataset), iter(dataset)
     pairs = [(next(one), next(two)) for _ in whole]
-    same([a for a, _ in pairs], whole)
-    same([b for _, b in pairs], whole)
+    equal([a for a, _ in pairs], whole)
+    equal([b for _, b in pairs], whole)
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0, 0], [20, 30], [0, 20]])
@@ -374,7 +356,7 @@ def test_an_iterator_at_its_end_holds_no_rows(batch_size):
 def test_a_map_dataset_is_read_as_a_stream():
     records = grain.MapDataset.source(coded([5, 3, 9]))
     one = PackIterDataset(records, CAPACITY, 2)
-    same(list(one), list(PackIterDataset(stream(coded([5, 3, 9])), CAPACITY, 2)))
+    equal(list(one), list(PackIterDataset(stream(coded([5, 3, 9])), CAPACITY, 2)))
 
 
 class Counting(grain.DatasetIterator):
@@ -429,14 +411,14 @@ def test_a_state_is_not_that_of_a_parent_that_goes_on(batch_size):
     whole, iterator, states = list(dataset), iter(dataset), []
     for batch in whole:
         states.append((iterator.get_state(), through_json(iterator.get_state())))
-        same([next(iterator)], [batch])
+        equal([next(iterator)], [batch])
     for step, (state, as_it_was) in enumerate(states):
         restored, again = iter(dataset), iter(dataset)
         restored.set_state(state)
-        same([next(restored)], [whole[step]])
+        equal([next(restored)], [whole[step]])
         again.set_state(restored.get_state())
-        same(list(restored), whole[step + 1 :])
-        same(list(again), whole[step + 1 :])
+        equal(list(restored), whole[step + 1 :])
+        equal(list(again), whole[step + 1 :])
         assert state == as_it_was
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from seqpack_jax.errors import check_int, check_integers, fail
 from seqpack_jax.feeding.features import make_features
 from seqpack_jax.feeding.key_styles import PackedFeatures, fail_at_name, in_style, nested
-from seqpack_jax.feeding.layout import lay_out
 from seqpack_jax.feeding.sequences import SequenceSource, fetch_records
 from seqpack_jax.feeding.unpacking import (
     flat_names,
@@ -25,7 +24,6 @@ from seqpack_jax.planning.histogram import Int64
 
 __all__ = [
     "PackedBatch",
-    "fill_rows",
     "pack_batch",
     "unpack_batch",
     "unpack_by_id",
@@ -209,22 +207,3 @@ def _true_lengths(caller: str, bins: Bins, lengths: ArrayLike) -> tuple[Int64, N
     planned = np.zeros(len(ids), np.int64)
     planned[~is_piece] = known[ids[~is_piece]]
     return ids, planned
-
-
-def fill_rows(
-    caller: str,
-    arrays: Sequence[NDArray[Any]],
-    offsets: Int64,
-    rows: int,
-    max_seq_len: int,
-    pad_value: int,
-    first_positions: Int64 | None = None,
-) -> PackedBatch:
-    """Lay out `arrays`, cut into bins by `offsets`, as `rows` rows; the last may be empty.
-
-    Positions in `arrays[k]` start at `first_positions[k]`, at 0 without them.
-    """
-    lengths = np.array(list(map(len, arrays)), np.int64)
-    layout = lay_out(caller, lengths, offsets, rows, max_seq_len, first_positions=first_positions)
-    tokens = layout.fill(caller, "tokens", arrays, pad_value, as_int32=True)
-    return PackedBatch(tokens, layout.segment_ids, layout.positions, {})
