@@ -30,7 +30,7 @@ from common import (
     token_records,
 )
 
-from seqpack_jax.feeding.stream_dataset import PackIterDataset
+import seqpack_jax as sp
 
 SIZE, ROWS = 20_000, (8, 64, 1024)
 GROUP_ROWS, GROUP_WINDOW, LEAST = 8, 29, 0.995  # 232 rows of the first mix: about 1,030 records
@@ -60,7 +60,7 @@ def length_sets() -> Iterator[LengthSet]:
 def pack(lengths: LengthSet, rows: int, **options: Any) -> float:
     """Pack a stream as we do, and return how full the rows are."""
     read = grain.MapDataset.source(token_records(lengths.lengths)).to_iter_dataset(READ)
-    dataset = PackIterDataset(read, lengths.max_seq_len, rows, **options)
+    dataset = sp.PackIterDataset(read, lengths.max_seq_len, rows, **options)
     return efficiency(lengths, count_packed(dataset))
 
 

@@ -43,8 +43,6 @@ from common import (
 )
 
 import seqpack_jax as sp
-from seqpack_jax.feeding.resuming import PackedDataset
-from seqpack_jax.feeding.stream_dataset import PackIterDataset
 
 MAX_SEQ_LEN, STEPS, STATES, MOST = 2048, 10**6, 10, 0.05
 SIZE, ROWS = 10**7, 64
@@ -96,7 +94,7 @@ def packed_restores(folder: Path, zones: int) -> Iterator[Callable[[], Restore]]
     def restore(step: int, text: str) -> Restore:
         source = fresh()
         start = time.perf_counter()
-        iterator = iter(PackedDataset(source, read_options=READ))
+        iterator = iter(sp.PackedDataset(source, read_options=READ))
         iterator.set_state(json.loads(text))
         batch = next(iterator)
         whole = time.perf_counter() - start
@@ -108,7 +106,7 @@ def packed_restores(folder: Path, zones: int) -> Iterator[Callable[[], Restore]]
         return Restore(whole, parent)
 
     source = fresh()
-    state = iter(PackedDataset(source)).get_state()
+    state = iter(sp.PackedDataset(source)).get_state()
     for step in np.random.default_rng(0).integers(0, STEPS, STATES).tolist():
         epoch, rows = source.position(step)
         text = json.dumps(state | {"epoch": epoch, "rows": rows})
@@ -148,7 +146,7 @@ def stream_restores(rows: int) -> Iterator[Callable[[], Restore]]:
     def restore(text: str) -> Restore:
         state, before = json.loads(text), records.read
         start = time.perf_counter()
-        iterator = iter(PackIterDataset(stream, MAX_SEQ_LEN, rows))
+        iterator = iter(sp.PackIterDataset(stream, MAX_SEQ_LEN, rows))
         iterator.set_state(state)
         next(iterator)
         whole = time.perf_counter() - start
@@ -160,7 +158,7 @@ def stream_restores(rows: int) -> Iterator[Callable[[], Restore]]:
             next(parent)
         return Restore(whole, time.perf_counter() - start)
 
-    iterator = iter(PackIterDataset(stream, MAX_SEQ_LEN, rows))
+    iterator = iter(sp.PackIterDataset(stream, MAX_SEQ_LEN, rows))
     rng = np.random.default_rng(0)
     for _ in range(STATES):
         next(iterator)

@@ -31,7 +31,7 @@ from common import (
     token_records,
 )
 
-from seqpack_jax.feeding.stream_dataset import PackIterDataset
+import seqpack_jax as sp
 
 MAX_SEQ_LEN, SIZE, ROWS, MOST = 2048, 20_000, (8, 64, 1024), 10e-6
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -54,7 +54,7 @@ def pipelines(records: list[dict[str, np.ndarray]], rows: int) -> dict[str, Make
 
     return {
         "reading": read,
-        "ours": lambda: PackIterDataset(read(), MAX_SEQ_LEN, rows),
+        "ours": lambda: sp.PackIterDataset(read(), MAX_SEQ_LEN, rows),
         **{name: peer(dataset) for name, dataset in PEERS.items()},
     }
 

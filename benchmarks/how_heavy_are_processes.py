@@ -43,7 +43,6 @@ from common import (
 )
 
 import seqpack_jax as sp
-from seqpack_jax.feeding.resuming import PackedDataset
 
 MAX_SEQ_LEN, ROWS, WORKERS, BATCHES = 2048, 64, 2, 400
 SMALL = 10**5
@@ -58,7 +57,7 @@ def feed(folder: str, index: int, count: int) -> None:
     source = sp.PackedSource(
         plan, pools, CutTokens(folder), seed=0, epochs=1000, batch_size=ROWS, shard=(index, count)
     )
-    batches = iter(PackedDataset(source, num_workers=WORKERS))
+    batches = iter(sp.PackedDataset(source, num_workers=WORKERS))
     next(batches)
     _say("first")
     for _ in range(BATCHES):

@@ -24,7 +24,6 @@ from common import REPEATS, Row, quiet_grain, report, show_seconds, show_times
 import seqpack_jax as sp
 from seqpack_jax.demo import collect_docstrings, encode_all
 from seqpack_jax.demo_model import Trainer
-from seqpack_jax.feeding.resuming import PackedDataset
 
 MAX_SEQ_LEN, ROWS, EPOCHS, STEPS, MOST = 512, 4, 1000, 10, 0.02
 
@@ -53,8 +52,8 @@ def measure() -> list[Row]:
     trainer = Trainer()
     trainer.step(source[0])
     ways = {
-        "0 workers": iter(PackedDataset(source)),
-        "2 workers": iter(PackedDataset(source, num_workers=2)),
+        "0 workers": iter(sp.PackedDataset(source)),
+        "2 workers": iter(sp.PackedDataset(source, num_workers=2)),
         "in memory": itertools.cycle([source[step] for step in range(STEPS)]),
     }
     rounds = [[train(trainer, batches) for batches in ways.values()] for _ in range(REPEATS + 1)]
