@@ -42,6 +42,12 @@ def bins_of(ids, rows=1):
     return sp.Bins(ids, np.linspace(0, len(ids), rows + 1).astype(np.int64), 4000)
 
 
+def ask(reader, *place):
+    thread = reader.ask(*place)
+    if thread is not None:
+        thread.join()
+
+
 def held(asked, ids):
     """Which of the sequences were asked for, from their first byte to their last."""
     covered = np.zeros(2_000_003 * 2 + 1, bool)
@@ -53,16 +59,16 @@ def held(asked, ids):
 def test_most_lie_in_a_stretch_that_is_read_once_and_the_others_are_asked_for(flat, asked):
     reader = Prefetch(flat)
     ids = np.array([*range(500, 700, 2), 3, 1990])
-    reader.ask(bins_of(ids[::-1])).join()
+    ask(reader, bins_of(ids[::-1]))
     assert all(held(asked, ids))
     assert all(held(asked, range(520, 680))), "what lies between is in the stretch"
     assert not any(held(asked, [*range(4, 400), *range(800, 1980)]))
     asked.clear()
-    reader.ask(bins_of([*range(501, 701, 2), 7])).join()
+    ask(reader, bins_of([*range(501, 701, 2), 7]))
     assert sorted(asked)[0] == (2 * (HEAD + 7000), 2 * (HEAD + 8000))
     assert not any(held(asked, range(520, 680))), "the same stretch is not read again"
     asked.clear()
-    reader.ask(bins_of(range(1200, 1400))).join()
+    ask(reader, bins_of(range(1200, 1400)))
     assert all(held(asked, range(1200, 1400))), "another zone"
     assert max(stop - start for start, stop in asked) <= 1 << 18
 
@@ -71,7 +77,7 @@ def test_a_stretch_that_would_not_stay_in_memory_is_not_read_whole(flat, asked, 
     reader = Prefetch(flat)
     monkeypatch.setattr(reader, "_widest", 1_000_000)
     ids = np.arange(0, 2000, 40)
-    reader.ask(bins_of(ids)).join()
+    ask(reader, bins_of(ids))
     assert all(held(asked, ids))
     assert len(asked) == len(ids)
     assert not any(held(asked, ids + 20))
@@ -83,9 +89,9 @@ def test_what_cannot_be_asked_is_left_to_the_reader(flat, asked, tmp_path, monke
         assert Prefetch(source).ask(bins_of([0, 1])) is None
     reader = Prefetch(flat)
     assert reader.ask(bins_of([])) is None
-    reader.ask(bins_of([-1, 2000, 10**12])).join()
+    ask(reader, bins_of([-1, 2000, 10**12]))
     (tmp_path / "tokens.bin").unlink()
-    reader.ask(bins_of([1, 2])).join()
+    ask(reader, bins_of([1, 2]))
     assert asked == []
     monkeypatch.delattr(os, "posix_fadvise")
     assert Prefetch(flat).ask(bins_of([0, 1])) is None
@@ -94,12 +100,12 @@ def test_what_cannot_be_asked_is_left_to_the_reader(flat, asked, tmp_path, monke
 def test_the_last_batch_shows_where_the_stretch_is(flat, asked):
     reader = Prefetch(flat, zones=8)
     before, after = [*range(100, 300)], [*range(1000, 1200)]
-    reader.ask(bins_of(before + after, 2), 1).join()
+    ask(reader, bins_of(before + after, 2), 1)
     assert all(held(asked, range(100, 300))), "what comes before is asked for one by one"
     assert all(held(asked, range(1000, 1200)))
     assert not any(held(asked, range(400, 900))), "what lies between two zones is not"
     asked.clear()
-    reader.ask(bins_of(before[::7] + after[::7], 1)).join()
+    ask(reader, bins_of(before[::7] + after[::7], 1))
     assert not any(held(asked, range(400, 900))), "a batch of two zones shows no stretch"
 
 
@@ -109,23 +115,23 @@ def test_files_beyond_4_gigabytes_and_damaged_offsets(tmp_path, asked):
     tokens = np.memmap(tmp_path / "tokens.bin", np.int32, "r")
     starts = (5 << 28) + np.arange(0, 5000, 1000)
     offsets = np.array([0, *starts, len(tokens)], np.uint32)
-    Prefetch(sp.FlatSequences(tokens, offsets)).ask(bins_of([2, 1])).join()
+    ask(Prefetch(sp.FlatSequences(tokens, offsets)), bins_of([2, 1]))
     assert min(asked)[0] == 5 << 30
     backwards = sp.FlatSequences(tokens[::-1], offsets)
     assert Prefetch(backwards).ask(bins_of([2, 1])) is None, "it is no map that can be made again"
     damaged = sp.FlatSequences(tokens, np.array([0, 90, 10, 1 << 40, len(tokens)]))
-    Prefetch(damaged).ask(bins_of(range(4))).join()
+    ask(Prefetch(damaged), bins_of(range(4)))
 
 
 @pytest.fixture
 def asks(monkeypatch):
     """The ids of each call of `ask`."""
     calls = []
-    ask = Prefetch.ask
+    original = Prefetch.ask
 
     def record(self, bins, *place):
         calls.append(bins.ids)
-        thread = ask(self, bins, *place)
+        thread = original(self, bins, *place)
         if thread is not None:
             thread.join()
 

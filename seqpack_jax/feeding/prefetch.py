@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -33,8 +34,7 @@ class Prefetch:
     for one by one.  If the stretch would not stay in memory, as that of a file without zones, each
     sequence is asked for.
 
-    Nothing is asked of other sources, nor where the system has no `posix_fadvise`.  What is in
-    memory already costs a call per sequence far off, in a thread of its own.
+    Nothing is asked of other sources, nor where the system has no `posix_fadvise`.
 
     Args:
         sequences: the source, of which a `FlatSequences` over a memory map is prefetched.
@@ -48,6 +48,7 @@ class Prefetch:
 
     def __init__(self, sequences: Any, zones: int = 1) -> None:
         self._mapped: MappedArray | None = None
+        self._following: tuple[int | None, int] | None = None  # the next zone: key, first row
         self._stretches: list[tuple[int, int]] = []  # what was read whole, in bytes of the file
         if isinstance(sequences, FlatSequences) and hasattr(os, "posix_fadvise"):
             found = to_portable(sequences.tokens)
@@ -63,7 +64,8 @@ class Prefetch:
     ) -> threading.Thread | None:
         """Ask for the tokens of the sequences in bins.
 
-        Time: O(k log k) in a thread of its own, and a system call per sequence or 256 kB.
+        Time: O(k log k), and a system call per sequence off the stretch; in a thread of its own,
+        one per 256 kB of a stretch.
 
         Args:
             bins: what is read next, in that order; ids that the source does not have are left out.
@@ -74,42 +76,43 @@ class Prefetch:
             row: the last row of the epoch that they have.
 
         Returns:
-            The thread that asks, to be waited for in tests; None if nothing is asked.
+            The thread that reads a stretch, to be waited for in tests; None if none is read.
         """
         if self._mapped is None or not len(bins.ids):
             return None
         if last == len(bins) and not self._large:
             return None
-        arguments = (self._mapped, bins, last, epoch, row)
-        thread = threading.Thread(target=self._ask, args=arguments, daemon=True)
+        begin, end = self._bytes_of(self._mapped, bins)
+        stretch = self._find_stretch(*self._bytes_of(self._mapped, bins[last:]))
+        for low, high in self._stretches:
+            far = (end <= low) | (begin >= high)
+            begin, end = begin[far], end[far]
+        apart = np.flatnonzero(begin[1:] > end[:-1] + _NEAR) + 1
+        if len(begin):
+            begin, end = begin[np.append(0, apart)], end[np.append(apart, len(end)) - 1]
+        # At once: who reads these without it has the kernel read much around each, and waits.
+        self._advise(zip(begin.tolist(), end.tolist(), strict=True))
+        following = None
+        if stretch is None and epoch is not None and epoch.zones is not None:
+            start = epoch.zones.next_start(row, epoch.key, shuffle=epoch.shuffle)
+            following = (epoch, start) if self._following != (epoch.key, start) else None
+            self._following = epoch.key, start
+        if stretch is None and following is None:
+            return None
+        thread = threading.Thread(target=self._read, args=(stretch, following), daemon=True)
         thread.start()
         return thread
 
-    def _ask(
-        self, mapped: MappedArray, bins: Bins, last: int, epoch: Epoch | None, row: int
-    ) -> None:
-        try:
-            file = os.open(mapped.path, os.O_RDONLY)
-        except OSError:  # it was moved or removed; who has it mapped reads on
-            return
-        try:
-            new = self._read_stretch(file, *self._bytes_of(mapped, bins[last:]))
-            begin, end = self._bytes_of(mapped, bins)
-            for low, high in self._stretches:
-                far = (end <= low) | (begin >= high)
-                begin, end = begin[far], end[far]
-            apart = np.flatnonzero(begin[1:] > end[:-1] + _NEAR) + 1
-            if len(begin):
-                begin, end = begin[np.append(0, apart)], end[np.append(apart, len(end)) - 1]
-            for start, stop in zip(begin.tolist(), end.tolist(), strict=True):
-                _advise(file, start, stop)
-            if new or epoch is None or epoch.zones is None:
-                return
-            start = epoch.zones.next_start(row, epoch.key, shuffle=epoch.shuffle)
-            sample = epoch[start : start + _SAMPLE]  # nothing behind the last zone
-            self._read_stretch(file, *self._bytes_of(mapped, sample))
-        finally:
-            os.close(file)
+    def _read(self, stretch: tuple[int, int] | None, following: tuple[Epoch, int] | None) -> None:
+        """Read a stretch, or that of the zone that starts with a row of an epoch."""
+        if following is not None and self._mapped is not None:
+            epoch, start = following  # behind the last zone there are no bins
+            sample = epoch[start : start + _SAMPLE]
+            stretch = self._find_stretch(*self._bytes_of(self._mapped, sample))
+        if stretch is not None:
+            low, high = stretch
+            starts = range(low, high, _PIECE)
+            self._advise((start, min(start + _PIECE, high)) for start in starts)
 
     def _bytes_of(self, mapped: MappedArray, bins: Bins) -> tuple[Int64, Int64]:
         """Return where their sequences start and end in the file, in the order of the file."""
@@ -123,20 +126,22 @@ class Prefetch:
         bounds = bounds * np.dtype(mapped.dtype).itemsize + mapped.offset
         return bounds[0], bounds[1]
 
-    def _read_stretch(self, file: int, begin: Int64, end: Int64) -> bool:
-        """Read the stretch that holds most of these slices, if there is one that was not read."""
+    def _find_stretch(self, begin: Int64, end: Int64) -> tuple[int, int] | None:
+        """Return the stretch that holds most of these slices, if there is one that was not read."""
         edge = len(begin) // _EDGE
         low, high = (int(begin[edge]), int(end[-1 - edge])) if len(begin) else (0, 0)
         known = self._stretches
         read = any(2 * (min(high, b) - max(low, a)) > high - low for a, b in known)
         if read or high <= low or high - low > self._widest:
-            return False
+            return None
         self._stretches = [*known[-2:], (low, high)]  # at once: no other thread need do the same
-        for start in range(low, high, _PIECE):
-            _advise(file, start, min(start + _PIECE, high))
-        return True
+        return low, high
 
-
-def _advise(file: int, start: int, stop: int) -> None:
-    with suppress(OSError, OverflowError):  # damaged offsets; a file system that takes no advice
-        os.posix_fadvise(file, start, stop - start, os.POSIX_FADV_WILLNEED)
+    def _advise(self, slices: Iterable[tuple[int, int]]) -> None:
+        """Ask for slices of the file, in bytes."""
+        if self._mapped is None:
+            return
+        # Without the file, with damaged offsets, or where it takes no advice, readers read on.
+        with suppress(OSError, OverflowError), open(self._mapped.path, "rb", buffering=0) as file:
+            for start, stop in slices:
+                os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
