@@ -3,7 +3,7 @@
     python benchmarks/run_all.py [FILE]
 
 FILE is `benchmarks/RESULTS.md` unless named.  Each script runs as a process of its own, one after
-the other, on a machine that should have nothing else to do.  Takes about six minutes.  Set
+the other, on a machine that should have nothing else to do.  Takes about twenty minutes.  Set
 `SEQPACK_DATA` to the folder of the real length sets to have them packed too, and `SEQPACK_BILLION`
 to anything to have 1e9 lengths prepared as well, once (12 GB of disk, five minutes).
 """
