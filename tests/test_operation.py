@@ -6,6 +6,7 @@ import pickle
 import grain
 import numpy as np
 import pytest
+from comparing import equal
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_reference import CAPACITY, check_report, check_segments, coded, policies
@@ -77,15 +78,6 @@ def stream(policy, n=60, workers=0, epochs=1, seed=0, **options):
     )
 
 
-def same(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_array_equal(a[name], b[name])
-
-
 SPLIT = OverLength("split", overlap=3, min_tail=2, positions="continue")
 
 
@@ -101,12 +93,12 @@ SPLIT = OverLength("split", overlap=3, min_tail=2, positions="continue")
 )
 def test_every_policy_resumes_at_every_step(policy, options):
     whole = list(stream(policy, **options))
-    same(whole, list(stream(policy, **options)))
+    equal(whole, list(stream(policy, **options)))
     iterator = iter(stream(policy, **options))
     for step in range(len(whole) + 1):
         restored = iter(stream(policy, **options))
         restored.set_state(iterator.get_state())
-        same(list(restored), whole[step:])
+        equal(list(restored), whole[step:])
         next(iterator, None)
 
 
@@ -128,7 +120,7 @@ def test_resumes_with_workers_at_eight_steps(policy, workers):
     for step in np.linspace(1, len(whole) - 1, 8).astype(int).tolist():
         restored = iterate()
         restored.set_state(states[step])
-        same(list(restored), whole[step:])
+        equal(list(restored), whole[step:])
 
 
 def windows(batches):
@@ -274,12 +266,12 @@ def test_a_state_is_not_that_of_a_reader_that_goes_on():
     iterator, states = operation(reader), []
     for batch in whole:
         states.append(reader.get_state())
-        same([next(iterator).data], [batch])
+        equal([next(iterator).data], [batch])
     for step, state in enumerate(states):
         again = Living(records)
         rest = operation(again)
         again.set_state(state)
-        same([record.data for record in rest], whole[step:])
+        equal([record.data for record in rest], whole[step:])
 
 
 def test_set_state_starts_the_report_over():

@@ -179,6 +179,21 @@ def test_the_next_zone_is_read_while_this_one_is_packed(flat, asked, asks, monke
     assert end == len(epoch)
 
 
+def test_reading_in_no_order_reads_no_zone_ahead(flat, asked):
+    counts, pools = sp.length_histogram_from_lengths(flat.lengths)
+    plan = sp.pack_length_histogram(counts, 4000)
+    epoch = sp.materialize_epoch(plan, pools, seed=3, zones=4)
+    reader = Prefetch(flat, zones=4)
+    reader._large = True
+    for row in (10, 300, 480):
+        bins = epoch[row : row + 2]
+        asked.clear()
+        assert reader.ask(bins, len(bins), epoch, row + 1) is None, "no stretch is read"
+        assert all(held(asked, bins.ids))
+        near = 2 * 1000 + (1 << 14)  # a sequence, and what may lie between it and the next
+        assert sum(stop - start for start, stop in asked) <= near * len(bins.ids)
+
+
 def test_pieces_are_asked_for_as_the_sequences_they_are_of(flat, asked, asks):
     source = sp.pack_dataset(flat, 700, batch_size=8, over_length="split", metadata=True)
     for _ in range(2):

@@ -55,8 +55,8 @@ class Prefetch:
             if isinstance(found, MappedArray):
                 self._mapped, self._offsets = found, sequences.offsets
                 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-                # Twice the even share: what is wider has rows of two zones, or no stretch at all.
                 self._large = sequences.tokens.nbytes * _SHARE > memory
+                # Twice the even share: what is wider has rows of two zones, or no stretch at all.
                 self._widest = min(memory // _SHARE, 2 * sequences.tokens.nbytes // zones)
 
     def ask(
@@ -80,7 +80,8 @@ class Prefetch:
         """
         if self._mapped is None or not len(bins.ids):
             return None
-        if last == len(bins) and not self._large:
+        in_order = last < len(bins)
+        if not (in_order or self._large):
             return None
         begin, end = self._bytes_of(self._mapped, bins)
         stretch = self._find_stretch(*self._bytes_of(self._mapped, bins[last:]))
@@ -93,7 +94,7 @@ class Prefetch:
         # At once: who reads these without it has the kernel read much around each, and waits.
         self._advise(zip(begin.tolist(), end.tolist(), strict=True))
         following = None
-        if stretch is None and epoch is not None and epoch.zones is not None:
+        if in_order and stretch is None and epoch is not None and epoch.zones is not None:
             start = epoch.zones.next_start(row, epoch.key, shuffle=epoch.shuffle)
             following = (epoch, start) if self._following != (epoch.key, start) else None
             self._following = epoch.key, start
