@@ -61,6 +61,12 @@ EXPECTED = {
         "position_ids": POSITIONS,
         "labels": [[-100, 12, 13, -100, 22, -100], [-100] * 6],
     },
+    "tunix": {
+        "input_tokens": TOKENS,
+        "input_mask": [[0, 1, 1, 0, 1, 0], [0] * 6],
+        "segment_ids": IDS,
+        "segment_positions": POSITIONS,
+    },
 }
 
 
@@ -172,12 +178,16 @@ def test_the_loss_mask_says_which_tokens_are_learned():
     assert levanter["loss_mask"].dtype == np.int32
     hf = pack("hf", records, [(0, 1)], 7)
     assert hf["labels"].tolist() == [[-100, -100, 13, 14, -100, 22, -100]]
-    for style, name in [("t5x", "decoder_loss_weights"), ("levanter", "loss_mask")]:
+    tunix = pack("tunix", records, [(0, 1)], 7)
+    assert tunix["input_mask"].tolist() == [[0, 0, 1, 1, 0, 1, 0]]
+    weights = [("t5x", "decoder_loss_weights"), ("levanter", "loss_mask"), ("tunix", "input_mask")]
+    for style, name in weights:
         halves = [{"tokens": [1, 2], "loss_mask": np.array([0.5, 0.25], np.float32)}]
         batch = pack(style, halves, [(0,)], 3)
         assert batch[name].dtype == np.float32
-        assert batch[name].tolist() == [[0.5, 0.25, 0] if style == "t5x" else [0.25, 0, 0]]
-    for batch in (maxtext, t5x, hf):
+        expected = {"t5x": [0.5, 0.25, 0], "levanter": [0.25, 0, 0], "tunix": [0, 0.25, 0]}
+        assert batch[name].tolist() == [expected[style]]
+    for batch in (maxtext, t5x, hf, tunix):
         assert "loss_mask" not in batch
     assert pack("default", records, [(0, 1)], 7)["loss_mask"].dtype == np.bool_
 
@@ -241,6 +251,10 @@ def test_no_target_crosses_a_boundary(data, capacity, multiple_of, pad):
     labels = batch["labels"][:, 1:]
     assert sorted(learned(batch["input_ids"], labels, labels != -100)) == sorted(expected)
 
+    batch = styles["tunix"]  # its loss compares logits [:-1] with tokens [1:], masked by [1:]
+    targets, counts = batch["input_tokens"][:, 1:], batch["input_mask"][:, 1:]
+    assert sorted(learned(batch["input_tokens"], targets, counts)) == sorted(expected)
+
     batch = styles["t5x"]
     weights = batch["decoder_loss_weights"]
     pairs = learned(batch["decoder_input_tokens"], batch["decoder_target_tokens"], weights)
@@ -254,6 +268,7 @@ def test_no_target_crosses_a_boundary(data, capacity, multiple_of, pad):
         ("maxtext", {"a": 2, "b": 2}, {"a": [1], "b": [1]}, "'maxtext' and capacities of a, b"),
         ("levanter", {"a": 2, "b": 2}, {"a": [1], "b": [1]}, "'levanter' and capacities of a, b"),
         ("hf", {"a": 2, "b": 2}, {"a": [1], "b": [1]}, "'hf' and capacities of a, b"),
+        ("tunix", {"a": 2, "b": 2}, {"a": [1], "b": [1]}, "'tunix' and capacities of a, b"),
         ("t5x", {"a": 2, "b": 2}, {"a": [1], "b": [1]}, "'t5x' and capacities of a, b"),
         ("hf", {"a": 2}, {"a": [0.5]}, "feature 'a' is float64 [1, 2], but key_style 'hf' has"),
         ("t5x", {"a": 2}, {"a": [[1, 2]]}, "feature 'a' is int32 [1, 2, 2], but key_style 't5x'"),

@@ -63,8 +63,8 @@ class PackedBatch(NamedTuple):
         """Return the arrays by name, the form that a Grain pipeline passes on.
 
         Args:
-            style: a key style: `"default"`, `"grain"`, `"maxtext"`, `"t5x"`, `"levanter"` or
-                `"hf"`, which `help("seqpack_jax.feeding.key_styles")` describes.  All but the
+            style: a key style: `"default"`, `"grain"`, `"maxtext"`, `"t5x"`, `"levanter"`, `"hf"`
+                or `"tunix"`, which `help("seqpack_jax.feeding.key_styles")` describes.  All but the
                 first are for arrays on the host; what `features` has of the shape `[B, L, ...]` is
                 taken to be of every token, so keep `max_segments` other than `L`.
 

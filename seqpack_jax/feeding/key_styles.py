@@ -23,10 +23,14 @@ All arrays are `[B, L]`; those that a style makes are int32, save that weights a
   which is no target of the segment before.  There is no `attention_mask`: those models find packed
   segments by their positions only when they are given none.  So each segment must start at 0;
   pieces of split sequences whose positions go on are an error.
+* `"tunix"`: `input_tokens`, `input_mask`, `segment_ids` and `segment_positions`.  Tunix's losses
+  take the target of a token, and its mask, one place further on; so the mask is 0 on the first
+  token of each segment, which is no target of the segment before, and on padding.
 
-A feature `loss_mask` says which *tokens* are learned, 0 on those of a prompt, say.  All four
-trainers' styles put it where their loss looks: shifted along with the targets of `"maxtext"` and
-`"levanter"`, as it is in `"t5x"` and beside `targets` of the record, as labels of -100 in `"hf"`.
+A feature `loss_mask` says which *tokens* are learned, 0 on those of a prompt, say.  The trainers'
+styles put it where their loss looks: shifted along with the targets of `"maxtext"` and
+`"levanter"`, as it is in `"t5x"`, in `"tunix"` and beside `targets` of the record, as labels of
+-100 in `"hf"`.
 """
 
 from __future__ import annotations
@@ -211,8 +215,7 @@ def _hf(caller: str, packed: PackedFeatures) -> _Named:
     lead = _only_capacity(caller, "hf", packed)
     tokens, segment_ids = _integers(caller, "hf", packed, lead), packed.segment_ids[lead]
     own = "labels" if "labels" in packed.tokens and lead != "labels" else None
-    is_target = np.zeros(segment_ids.shape, np.bool_)
-    is_target[:, 1:] = _goes_on(segment_ids)[:, :-1]
+    is_target = _follows(segment_ids)
     firsts = packed.positions[lead][(segment_ids > 0) & ~is_target]
     if firsts.any():
         problem = f"key_style 'hf' and a segment whose positions start at {firsts[firsts != 0][0]}"
@@ -230,6 +233,22 @@ def _hf(caller: str, packed: PackedFeatures) -> _Named:
     ]
 
 
+def _tunix(caller: str, packed: PackedFeatures) -> _Named:
+    lead = _only_capacity(caller, "tunix", packed)
+    segment_ids, learned = packed.segment_ids[lead], _loss_mask(caller, packed)
+    is_target = _follows(segment_ids)
+    input_mask: NDArray[Any] = is_target.astype(np.int32)
+    if learned is not None:
+        input_mask = _weights(is_target, learned)
+    return [
+        ("input_tokens", _integers(caller, "tunix", packed, lead)),
+        ("input_mask", input_mask),
+        ("segment_ids", segment_ids),
+        ("segment_positions", packed.positions[lead]),
+        *_others(packed, (lead, "loss_mask")),
+    ]
+
+
 _STYLES: dict[str, Callable[[str, PackedFeatures], _Named]] = {
     "default": _default,
     "grain": _grain,
@@ -237,6 +256,7 @@ _STYLES: dict[str, Callable[[str, PackedFeatures], _Named]] = {
     "t5x": _t5x,
     "levanter": _levanter,
     "hf": _hf,
+    "tunix": _tunix,
 }
 KEY_STYLES = tuple(_STYLES)
 
@@ -272,6 +292,13 @@ def _goes_on(segment_ids: NDArray[Any]) -> NDArray[np.bool_]:
     np.equal(segment_ids[:, 1:], segment_ids[:, :-1], out=goes_on[:, :-1])
     goes_on &= segment_ids > 0
     return goes_on
+
+
+def _follows(segment_ids: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which tokens have one before them in their segment."""
+    follows = np.zeros(segment_ids.shape, np.bool_)
+    follows[:, 1:] = _goes_on(segment_ids)[:, :-1]
+    return follows
 
 
 def _shift_left(array: NDArray[Any]) -> NDArray[Any]:
