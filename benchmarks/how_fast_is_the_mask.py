@@ -1,12 +1,13 @@
-"""How fast are positions and offsets, and does a dense bias cost memory inside a jitted step?
+"""How fast are positions, bounds and offsets, and does a dense bias cost memory inside a step?
 
     python benchmarks/how_fast_is_the_mask.py
 
-Segment ids of a packed batch `[8, 2048]`, on the CPU, under jit.
+Segment ids of packed batches `[8, 2048]`, on the CPU, under jit.
 
-Yardsticks: the dense bias `[8, 1, 2048, 2048]` that positions and offsets spare; and XLA's memory
-analysis of one attention layer, forward and backward, with the bias built inside against the same
-layer with plain causal attention and no segments.  The latter is compiled, not run.
+Yardsticks: the dense bias `[8, 1, 2048, 2048]` that the compact forms spare; one array `[2048,
+2048]` of bool; and XLA's memory analysis of one attention layer, forward and backward, with the
+bias built inside against the same layer with plain causal attention and no segments.  The latter is
+compiled, not run.
 """
 
 from __future__ import annotations
@@ -22,57 +23,92 @@ from common import Row, lognormal_lengths, medians, report, show_seconds, show_s
 import seqpack_jax as sp
 from seqpack_jax.model import segments
 
-ROWS, MAX_SEQ_LEN, HEADS, HEAD_DIM = 8, 2048, 4, 64
+BATCHES, ROWS, MAX_SEQ_LEN, HEADS, HEAD_DIM = 50, 8, 2048, 4, 64
 MOST_SECONDS = 0.0005
 
 
-def packed_rows() -> tuple[jax.Array, int]:
-    """Return the segment ids of one batch, and the most segments that any row of the plan has."""
+def packed_batches() -> tuple[jax.Array, int]:
+    """Return the segment ids of 50 batches, and the most segments that any row of the plan has."""
     lengths = lognormal_lengths(5_000, MAX_SEQ_LEN)
     counts, pools = sp.length_histogram_from_lengths(lengths)
     plan = sp.pack_length_histogram(counts, MAX_SEQ_LEN)
-    bins = sp.materialize_epoch(plan, pools, seed=0)[:ROWS]
+    epoch = sp.materialize_epoch(plan, pools, seed=0)
     tokens = [np.ones(length, np.int32) for length in lengths]
-    batch = sp.pack_batch(bins, tokens, MAX_SEQ_LEN, lengths=lengths)
-    return jnp.asarray(batch.segment_ids), plan.max_segments
+    bins = epoch[: BATCHES * ROWS]
+    packed = sp.pack_batch(bins, tokens, MAX_SEQ_LEN, lengths=lengths)
+    ids = jnp.asarray(packed.segment_ids).reshape(BATCHES, ROWS, MAX_SEQ_LEN)
+    return ids, plan.max_segments
 
 
-def measure_time(segment_ids: jax.Array, max_segments: int) -> Row:
-    """Time positions and offsets in one jitted function, and the bias in another."""
+def compact(ids: jax.Array, max_segments: int) -> Any:
+    """Describe the segments in every way that takes memory in proportion to L."""
+    positions = segments.positions_from_segment_ids(ids)
+    offsets = segments.seqlens_and_offsets(ids, max_segments)
+    return positions, segments.kv_bounds(ids), offsets
+
+
+def measure_compact() -> list[Row]:
+    """Time the compact forms in one jitted function, and the bias in another."""
+    batches, max_segments = packed_batches()
+    compiled = 0
 
     @jax.jit
     def light(ids: jax.Array) -> Any:
-        offsets = sp.build_packing_cu_seqlens(ids, max_segments=max_segments)
-        return segments.positions_from_segment_ids(ids), offsets
+        nonlocal compiled
+        compiled += 1  # while JAX traces, which is once per compilation
+        return compact(ids, max_segments)
 
     @jax.jit
     def dense(ids: jax.Array) -> jax.Array:
-        return sp.build_packing_attention_bias(ids, causal=True)
+        return segments.segment_bias(ids)
 
     ours, bias = medians(
-        lambda: jax.block_until_ready(light(segment_ids)),
-        lambda: jax.block_until_ready(dense(segment_ids)),
+        lambda: jax.block_until_ready(light(batches[0])),
+        lambda: jax.block_until_ready(dense(batches[0])),
         number=20,
     )
-    return Row(
-        f"positions and cu_seqlens, [{ROWS}, {MAX_SEQ_LEN}], {max_segments} segments at most",
-        show_seconds(ours),
-        f"dense causal bias, float32: {show_seconds(bias)}",
-        show_speedup(ours, bias),
-        f"< {show_seconds(MOST_SECONDS)}",
-        ours < MOST_SECONDS,
-    )
+    for ids in batches:
+        light(ids)
+    buffers = light.lower(batches[0]).compile().memory_analysis().temp_size_in_bytes
+    square = MAX_SEQ_LEN**2
+    what = f"positions, bounds and offsets, [{ROWS}, {MAX_SEQ_LEN}]"
+    return [
+        Row(
+            f"{what}, {max_segments} segments at most",
+            show_seconds(ours),
+            f"dense causal bias, float32: {show_seconds(bias)}",
+            show_speedup(ours, bias),
+            f"< {show_seconds(MOST_SECONDS)}",
+            ours < MOST_SECONDS,
+        ),
+        Row(
+            f"{what}: buffers",
+            f"{buffers / 1e6:.2f} MB",
+            f"one array [L, L] of bool: {square / 1e6:.2f} MB",
+            f"{buffers / square:.2f}x",
+            "no [L, L]",
+            buffers < square,
+        ),
+        Row(
+            f"{what}: compilations over {len(batches)} batches with different segments",
+            str(compiled),
+            "-",
+            "-",
+            "1",
+            compiled == 1,
+        ),
+    ]
 
 
 def with_bias(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
     """Attend inside segments, by a bias built here."""
-    bias = sp.build_packing_attention_bias(ids, causal=True)
+    bias = segments.segment_bias(ids)
     return jax.nn.dot_product_attention(q, k, v, bias=bias)
 
 
 def with_mask(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
     """Attend inside segments, by a boolean mask built here."""
-    mask = segments.segment_mask(ids, causal=True)
+    mask = segments.segment_mask(ids)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
@@ -116,4 +152,4 @@ def measure_memory() -> list[Row]:
 
 
 if __name__ == "__main__":
-    report([measure_time(*packed_rows()), *measure_memory()])
+    report([*measure_compact(), *measure_memory()])

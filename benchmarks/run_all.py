@@ -36,6 +36,8 @@ SCRIPTS = (
     "how_dense_is_each_packer",
     "how_dense_is_streaming",
     "how_fast_is_the_mask",
+    "how_fast_is_attention",
+    "how_many_tiles_are_scheduled",
     "how_fast_is_preparation",
 )
 

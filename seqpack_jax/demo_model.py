@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from seqpack_jax.feeding.batch import PackedBatch, unpack_batch
 from seqpack_jax.model.losses import loss_weights, next_token_labels, token_mean
+from seqpack_jax.model.rope import apply_rope
 from seqpack_jax.model.segments import build_packing_attention_bias
 
 __all__ = [
@@ -28,31 +29,12 @@ __all__ = [
     "DemoModel",
     "Trainer",
     "TrainingStep",
-    "apply_rope",
     "compare_with_alone",
     "packed_loss",
     "training_steps",
 ]
 
 VOCABULARY = 259  # PAD, BOS, EOS and 256 bytes
-
-
-def apply_rope(values: Array, positions: Array) -> Array:
-    """Rotate queries or keys by the position of their token: rotary position embedding.
-
-    Args:
-        values: float32 `[B, L, H, D]`, `D` even.
-        positions: integers `[B, L]`.
-
-    Returns:
-        float32 `[B, L, H, D]`.
-    """
-    half = values.shape[-1] // 2
-    frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    first, second = values[..., :half], values[..., half:]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class Block(nnx.Module):  # type: ignore[misc]

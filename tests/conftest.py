@@ -10,6 +10,8 @@ from hypothesis import settings
 # Grain's worker processes read absl flags as soon as jax is importable (google/grain#1355).
 flags.FLAGS.mark_as_parsed()
 
+# For tests of shard_map and of sharded arrays; all else runs on the first.
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

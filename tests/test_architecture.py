@@ -75,16 +75,31 @@ ORDER = [
     "feeding.tables",
     "feeding.export",
     "feeding.distributed",
+    "model.ids",
+    "model.masks",
+    "model.key_bounds",
+    "model.offsets",
     "model.segments",
+    "model.reductions",
     "model.losses",
+    "model.context_parallel",
+    "model.rope",
+    "model.blocked",
+    "model.adapters",
+    "model.kernel_adapters",
+    "model.dispatch",
+    "model.attention",
+    "trial",
+    "diagnosis",
+    "testing",
     "demo_model",
     "demo",
     "cli",
 ]
 GROUND = ["errors", "arrays", "permutation"]
 WINGS = {"planning": ["planning"], "feeding": ["feeding", "planning"], "model": ["model"]}
-EDGES = ["demo_model", "demo", "cli"]
-# What a module of the feeding wing may import beside NumPy.
+EDGES = ["trial", "diagnosis", "testing", "demo_model", "demo", "cli"]
+# What a module may import beside NumPy, and those of the model wing JAX.
 OPTIONAL = {
     "feeding.grain_packers": {"grain"},
     "feeding.hosts": {"jax"},
@@ -101,6 +116,10 @@ OPTIONAL = {
     "feeding.remote": {"filelock"},
     "feeding.row_files": {"array_record", "pyarrow"},
     "feeding.distributed": {"ray"},
+    "model.losses": {"optax"},
+    "model.attention": {"flax"},
+    "model.dispatch": {"tokamax"},
+    "model.kernel_adapters": {"tokamax", "transformer_engine"},
 }
 
 

@@ -2,9 +2,11 @@
 
 import re
 
+import model_reference
 import numpy as np
 import pytest
 import reference
+from attention_reference import HARD_ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import over_length_packings, packings, random_sequences
@@ -411,13 +413,18 @@ def test_results_on_a_device_come_back():
 # --- validate_batch ---------------------------------------------------------------------------
 
 
-def first_wrong(segment_ids, positions, max_segments, continues, multiple_of=1):
+def first_wrong(segment_ids, positions, max_segments, continues, multiple_of=1, gaps=False):
     """Token by token: `(row, token, what)` of the first thing that is wrong, else None."""
 
     def wrong_segment(row, token):
         held = segment_ids[row][token]
         if token == 0:
             return held not in (0, 1)
+        if gaps:
+            so_far = max(0, *segment_ids[row][:token])
+            goes_on = held == segment_ids[row][token - 1]
+            starts = held == so_far + 1 and token % multiple_of == 0
+            return held != 0 and not goes_on and not starts
         before = segment_ids[row][token - 1]
         if held == 0 or (held == before and before > 0):
             return False
@@ -450,10 +457,11 @@ def first_wrong(segment_ids, positions, max_segments, continues, multiple_of=1):
     start=st.integers(0, 5) | st.just(2**31 - 20),
     cap=st.none() | st.integers(1, 4),
     multiple_of=st.sampled_from([1, 1, 2, 3]),
+    gaps=st.booleans(),
     data=st.data(),
 )
 def test_one_changed_entry_is_found_unless_the_batch_stays_valid(
-    packing, continues, start, cap, multiple_of, data
+    packing, continues, start, cap, multiple_of, gaps, data
 ):
     lengths, capacity = packing
     capacity = -(-capacity // multiple_of) * multiple_of
@@ -467,9 +475,10 @@ def test_one_changed_entry_is_found_unless_the_batch_stays_valid(
         "max_segments": cap,
         "positions": "continue" if continues else "restart",
         "multiple_of": multiple_of,
+        "gaps": gaps,
     }
     validate_batch(batch, **options)
-    limits = cap, continues, multiple_of
+    limits = cap, continues, multiple_of, gaps
     lists = batch["segment_ids"].tolist(), batch["positions"].tolist()
     assert first_wrong(*lists, *limits) is None
     changed = {name: array.copy() for name, array in batch.items()}
@@ -521,12 +530,24 @@ def rows(segment_ids, positions, tokens=None):
         ([[1, 0, 3, 0]], [[0] * 4], {"multiple_of": 2}, "token 2: segment id 3, expected 0 or 2"),
         ([[1, 0, 0, 2]], [[0] * 4], {"multiple_of": 2}, "token 3: segment id 2, expected 0 (0"),
         ([[0, 0, 1, 0]], [[0] * 4], {"multiple_of": 2}, "token 2: segment id 1, expected 0 (0"),
+        ([[0, 0, 2]], [[0] * 3], {"gaps": True}, "token 2: segment id 2, expected 0 or 1"),
+        ([[1, 0, 1]], [[0] * 3], {"gaps": True}, "token 2: segment id 1, expected 0 or 2"),
+        ([[1, 2, 1]], [[0] * 3], {"gaps": True}, "token 2: segment id 1, expected 2, 3 or 0"),
         ([[1, 0, 2, 0]], [[0, 1, 0, 0]], {"multiple_of": 2}, "token 1: position 1, expected 0"),
     ],
 )
 def test_what_breaks_the_conventions_is_named(segment_ids, positions, options, part):
     with pytest.raises(sp.SeqpackError, match=re.escape(part)):
         validate_batch(rows(segment_ids, positions), **options)
+
+
+def test_rows_for_the_device_half_have_padding_anywhere():
+    positions = [model_reference.positions(row) for row in HARD_ROWS]
+    validate_batch(rows(HARD_ROWS, positions), gaps=True, max_segments=16)
+    ahead = rows([[0, 1, 1, 0, 2]], [[0, 0, 1, 0, 0]])
+    validate_batch(ahead, gaps=True)
+    with pytest.raises(sp.SeqpackError, match=r"token 1: segment id 1, expected 0 .*gaps=True"):
+        validate_batch(ahead)
 
 
 def test_arrays_of_a_wrong_form_are_refused():

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from seqpack_jax.demo_model import (
     DemoModel,
     Trainer,
     TrainingStep,
-    apply_rope,
     compare_with_alone,
     training_steps,
 )
@@ -100,19 +98,6 @@ _all = demo._segments
 
 
 # --- the model --------------------------------------------------------------------------------
-
-
-def test_rope_depends_on_the_distance_alone():
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 8))
-
-    def score(query_position, key_position):
-        rotated_query = apply_rope(query, jnp.array([[query_position]]))
-        rotated_key = apply_rope(key, jnp.array([[key_position]]))
-        return jnp.sum(rotated_query * rotated_key)
-
-    np.testing.assert_array_equal(apply_rope(query, jnp.zeros((1, 1), jnp.int32)), query)
-    np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
-    assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
 def test_packed_equals_alone(tiny):

@@ -99,7 +99,7 @@ def draw_tokens(record, rng):
         {"over_length": "split", "tolerance": 4},
         {"zones": 3, "metadata": True, "transform": draw_tokens, "bos_id": 7},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_every_step_resumes(options):
     whole = list(source_of(**options))

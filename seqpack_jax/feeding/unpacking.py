@@ -233,6 +233,7 @@ def validate_batch(
     max_segments: int | None = None,
     positions: str = "restart",
     multiple_of: int = 1,
+    gaps: bool = False,
 ) -> None:
     """Raise `SeqpackError` unless a batch keeps the conventions of packed rows.
 
@@ -251,6 +252,8 @@ def validate_batch(
             start, as in pieces of split sequences.  They are 0 on padding in both cases.
         multiple_of: every segment starts at a multiple of it; if it is above 1, padding may stand
             between segments.
+        gaps: padding may stand before and between segments, wherever they start: what the device
+            half takes, though no packer here makes it.
 
     Raises:
         SeqpackError: with the first wrong row and token, what is there and what should be.
@@ -276,8 +279,9 @@ positions='continue'.
     before[:, 1:] = segment_ids[:, :-1]
     goes_on = (segment_ids == before) & (before > 0)
     # The last segment that may be followed by another: with gaps, the last of the row so far.
-    last = before if multiple_of == 1 else np.maximum.accumulate(before, axis=1)
-    may_start = last > 0
+    may_skip = gaps or multiple_of > 1
+    last = np.maximum.accumulate(before, axis=1) if may_skip else before
+    may_start = (last > 0) | gaps
     may_start[:, :1] = True
     may_start[:, np.arange(segment_ids.shape[1]) % multiple_of > 0] = False
     starts = (segment_ids == last + 1) & may_start
@@ -290,7 +294,12 @@ positions='continue'.
         else:
             expected = f"0 or {following}" if may_start[at] else "0"
         problem = f"segment id {segment_ids[at]}, expected {expected}"
-        hint = "segment ids are 1, 2, ... in row order, and 0 only at the end of a row"
+        hint = (
+            "segment ids are 1, 2, ... in row order, and 0 only at the end of a row; for batches "
+        )
+        hint += "with padding between segments say gaps=True"
+        if gaps and multiple_of == 1:
+            hint = "segment ids are 1, 2, ... in row order, with padding around segments only"
         if multiple_of > 1:
             hint = f"segment ids are 1, 2, ... in row order, from multiples of {multiple_of}"
         _fail_at(caller, wrong, problem, hint)

@@ -1,254 +1,320 @@
-"""From segment ids to positions, masks and offsets, on the device.
+"""One description of the segments of a batch, from which every form of masking is made.
 
-Segment ids are integers `[B, L]`, `B` rows of `L` tokens: 1, 2, ... in row order and 0 on padding.
-A segment is a run of equal, non-zero ids in a row; padding may stand between segments, not inside.
-
-All functions are pure and jitted.  Shapes and dtypes are checked while tracing, values are not, so
-one compilation serves every batch of a shape.  Call them inside the jitted training step: XLA then
-fuses the dense forms into the attention instead of storing them.
+`segment_info` keeps the ids and positions of a batch with what is static about its attention:
+causal or not, the window, the most segments in a row.  Its methods build what a consumer takes,
+always under these settings.  The functions behind them can be imported from here, too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from seqpack_jax.errors import check_choice, check_int, fail
+from seqpack_jax.errors import check_int, fail
+from seqpack_jax.model.ids import (
+    check_ids,
+    from_seed_ids,
+    monotone_segment_ids,
+    num_segments,
+    overflow,
+    positions_from_segment_ids,
+    segment_starts,
+    shift_mask,
+    valid_tokens,
+)
+from seqpack_jax.model.key_bounds import BlockBounds, KeyBounds, block_bounds, kv_bounds
+from seqpack_jax.model.masks import build_packing_attention_bias, segment_bias, segment_mask
+from seqpack_jax.model.offsets import (
+    CuSeqlens,
+    SegmentOffsets,
+    SeqlensAndOffsets,
+    build_packing_cu_seqlens,
+    cu_seqlens,
+    seqlens_and_offsets,
+)
 
 __all__ = [
+    "BlockBounds",
     "CuSeqlens",
+    "KeyBounds",
+    "SegmentInfo",
+    "SegmentOffsets",
+    "SeqlensAndOffsets",
+    "block_bounds",
     "build_packing_attention_bias",
     "build_packing_cu_seqlens",
+    "cu_seqlens",
     "from_seed_ids",
+    "kv_bounds",
+    "monotone_segment_ids",
+    "num_segments",
+    "overflow",
     "positions_from_segment_ids",
+    "segment_bias",
+    "segment_info",
     "segment_mask",
+    "segment_starts",
+    "seqlens_and_offsets",
+    "shift_mask",
+    "valid_tokens",
 ]
 
-# Added to a score these stay finite, and exp() of the sum is exactly 0; -inf and finfo.min give NaN
-# once a row is fully masked or two biases meet.  JAX's own cuDNN attention uses the same values.
-_MASK_VALUES = dict.fromkeys(("bfloat16", "float32", "float64"), -(2.0**41))
-_MASK_VALUES["float16"] = -(2.0**15)
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["segment_ids", "positions", "kv_segment_ids", "kv_positions"],
+    meta_fields=["causal", "window", "max_segments", "contiguous"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class SegmentInfo:
+    """The segments of a batch and how their tokens attend, as a pytree; see `segment_info`.
 
-class CuSeqlens(NamedTuple):
-    """Where each segment starts in the stream of a batch's tokens without padding.
+    It passes through `jit`, `vmap`, `scan`, `checkpoint` and `shard_map`, as argument or result.
+    The arrays are its leaves; the other fields are static, and changing one compiles anew.  It
+    stores no mask: each method builds its result where it is called, so call it inside the jitted
+    step.  Methods differ from the functions of the same name only in taking the settings from here.
+
+    Build it before the sequence axis is sharded: ids of neighbouring tokens are compared.  Over the
+    batch axis no device needs another.
 
     Attributes:
-        cu_seqlens: int32 `[B * max_segments + 1]`; segment `i`, counted row after row, is
-            `[cu_seqlens[i], cu_seqlens[i + 1])`; the end of the last segment is repeated.
-        max_seqlen: int32 scalar, the tokens in the longest segment; 0 without any.
-        overflow: bool scalar, True when some row holds more than `max_segments` segments: then
-            some may be missing, and the other two fields must not be used.
+        segment_ids: int32 `[..., L]`, 0 = padding.
+        positions: int32 `[..., L]`, rising by 1 inside each segment.
+        kv_segment_ids: int32 `[..., S]` of the keys in cross attention, else None.
+        kv_positions: int32 `[..., S]` in cross attention, else None.
+        causal: whether keys later than the query are hidden.
+        window: a token sees itself and the `window - 1` tokens before it (and after it, unless
+            `causal`), or None for no limit.
+        max_segments: the most segments in any row; None where no method needs it.
+        contiguous: whether the tokens still stand in packed order.  After a context-parallel
+            reorder they do not; then only `mask` and `bias` work, which compare positions.
 
     Example:
-        >>> segment_ids = jnp.array([[1, 1, 1, 2, 0, 0]])
-        >>> offsets = build_packing_cu_seqlens(segment_ids, max_segments=3)
-        >>> offsets.cu_seqlens.tolist(), int(offsets.max_seqlen), bool(offsets.overflow)
-        ([0, 3, 4, 4], 3, False)
+        >>> info = segment_info(jnp.array([[1, 1, 2, 0]]), causal=False, max_segments=2)
+        >>> jax.jit(lambda info: info.mask())(info)[0, 0].astype(int).tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        >>> info.kv_bounds().k_end.tolist(), info.seqlens_and_offsets().seqlens.tolist()
+        ([[2, 2, 3, 4]], [[2, 1]])
     """
 
-    cu_seqlens: Array
-    max_seqlen: Array
-    overflow: Array
+    segment_ids: Array
+    positions: Array
+    kv_segment_ids: Array | None
+    kv_positions: Array | None
+    causal: bool
+    window: int | None
+    max_segments: int | None
+    contiguous: bool
+
+    def mask(self, pad: str = "segment") -> Array:
+        """Return `segment_mask`: bool `[..., 1, Lq, Lk]`, True = may attend.
+
+        By index where that is the same, which XLA fuses best, else by position.
+        """
+        query, key = self._places()
+        mask: Array = segment_mask(
+            self.segment_ids,
+            self.kv_segment_ids,
+            q_positions=query,
+            kv_positions=key,
+            causal=self.causal,
+            window=self.window,
+            pad=pad,
+        )
+        return mask
+
+    def bias(
+        self,
+        dtype: DTypeLike = jnp.float32,
+        pad: str = "segment",
+        mask_value: float | None = None,
+    ) -> Array:
+        """Return `segment_bias`: `dtype` `[..., 1, Lq, Lk]`, 0 where `mask` is True."""
+        query, key = self._places()
+        bias: Array = segment_bias(
+            self.segment_ids,
+            dtype,
+            self.kv_segment_ids,
+            mask_value=mask_value,
+            q_positions=query,
+            kv_positions=key,
+            causal=self.causal,
+            window=self.window,
+            pad=pad,
+        )
+        return bias
+
+    def kv_bounds(self, pad: str = "self") -> KeyBounds:
+        """Return `kv_bounds`: the interval of keys of each query, int32 `[..., Lq]`."""
+        self._check_contiguous("kv_bounds")
+        bounds: KeyBounds = kv_bounds(
+            self.segment_ids,
+            self.kv_segment_ids,
+            causal=self.causal,
+            window=self.window,
+            pad=pad,
+        )
+        return bounds
+
+    def block_bounds(self, block_q: int, block_kv: int, pad: str = "self") -> BlockBounds:
+        """Return `block_bounds` of `kv_bounds(pad)`: int32 `[..., ceil(Lq / block_q)]`."""
+        self._check_contiguous("block_bounds")
+        blocks: BlockBounds = block_bounds(*self.kv_bounds(pad), block_q, block_kv)
+        return blocks
+
+    def seqlens_and_offsets(self) -> SeqlensAndOffsets:
+        """Return `seqlens_and_offsets` of the queries, filled with -1.
+
+        In cross attention only of segments that have keys: set the output of the others to 0.
+        """
+        return self._seqlens("seqlens_and_offsets", self.segment_ids, self.kv_segment_ids)
+
+    def kv_seqlens_and_offsets(self) -> SeqlensAndOffsets:
+        """Return `seqlens_and_offsets` of the keys; slot for slot they go with the queries'."""
+        method = "kv_seqlens_and_offsets"
+        if self.kv_segment_ids is None:
+            return self._seqlens(method, self.segment_ids, None)
+        return self._seqlens(method, self.kv_segment_ids, self.segment_ids)
+
+    def monotone_ids(self) -> Array:
+        """Return ids of the queries that never fall along the row: int32 `[..., Lq]`.
+
+        They equal those of `kv_monotone_ids` for exactly the pairs of real tokens that share a
+        segment; no real token shares one with padding.  In self-attention these are
+        `monotone_segment_ids`.  In cross attention, whose sides must agree, segment `i` is `2 * i`
+        and padding an odd number; the ids must rise along the row.
+        """
+        self._check_contiguous("monotone_ids")
+        return _monotone(self.segment_ids, self.kv_segment_ids is not None)
+
+    def kv_monotone_ids(self) -> Array:
+        """Return the ids of the keys that go with `monotone_ids`: int32 `[..., Lk]`."""
+        self._check_contiguous("kv_monotone_ids")
+        if self.kv_segment_ids is None:
+            return _monotone(self.segment_ids, False)
+        return _monotone(self.kv_segment_ids, True)
+
+    def _places(self) -> tuple[Array | None, Array | None]:
+        """Return the positions of both sides if the index cannot tell who is earlier."""
+        is_cross = self.kv_segment_ids is not None
+        if self.contiguous and not (is_cross and (self.causal or self.window is not None)):
+            return None, None
+        return self.positions, self.kv_positions if is_cross else self.positions
+
+    def _seqlens(self, method: str, ids: Array, partner: Array | None) -> SeqlensAndOffsets:
+        self._check_contiguous(method)
+        if self.max_segments is None:
+            hint = "pass max_segments to segment_info, the number that the rows were packed with"
+            fail(f"SegmentInfo.{method}", "max_segments is None", hint)
+        found: SeqlensAndOffsets = seqlens_and_offsets(
+            ids, self.max_segments, partner_segment_ids=partner
+        )
+        return found
+
+    def _check_contiguous(self, method: str) -> None:
+        if not self.contiguous:
+            problem = "contiguous is False: a segment of reordered tokens is no interval of the row"
+            hint = "use mask() or bias(), which compare positions, or undo the reorder first"
+            fail(f"SegmentInfo.{method}", problem, hint)
 
 
-@jax.jit
-def positions_from_segment_ids(segment_ids: ArrayLike) -> Array:
-    """Count the tokens of each segment from 0, for rotary or learned position embeddings.
+def segment_info(
+    segment_ids: ArrayLike,
+    positions: ArrayLike | None = None,
+    *,
+    kv_segment_ids: ArrayLike | None = None,
+    kv_positions: ArrayLike | None = None,
+    causal: bool | None = None,
+    window: int | None = None,
+    max_segments: int | None = None,
+    contiguous: bool = True,
+) -> SegmentInfo:
+    """Describe the segments of a batch once, for all its layers and every kind of attention.
 
-    Time and memory: O(B L).  For contiguous segments only: where context parallelism reorders the
-    tokens, compute positions before and reorder them along.
-
-    Args:
-        segment_ids: integers `[..., L]`, any leading dimensions.
-
-    Returns:
-        int32 `[..., L]`: 0, 1, 2, ... in each segment, 0 on padding.
-
-    Raises:
-        SeqpackError: `segment_ids` is not integers of rank 1 or more.
-
-    Example:
-        >>> positions_from_segment_ids(jnp.array([1, 1, 1, 2, 2, 0])).tolist()
-        [0, 1, 2, 0, 1, 0]
-    """
-    ids = check_ids("positions_from_segment_ids", "segment_ids", segment_ids)
-    index = jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    start = jax.lax.cummax(jnp.where(_run_starts(ids), index, 0), axis=ids.ndim - 1)
-    return jnp.where(ids != 0, index - start, 0)
-
-
-@functools.partial(jax.jit, static_argnames=("causal",))
-def segment_mask(segment_ids: ArrayLike, *, causal: bool = False) -> Array:
-    """Tell which tokens may attend to which: those of their own segment.
-
-    This is the `mask` of `jax.nn.dot_product_attention` and of Flax.  Padding attends to padding,
-    so that no row of it is empty.  Time: O(B L^2).  Memory: B L^2 bytes, or none where XLA fuses it
-    into the attention.
-
-    Args:
-        segment_ids: integers `[B, L]`, or `[L]` for one row.
-        causal: static; whether tokens attend only to themselves and to earlier tokens.
-
-    Returns:
-        bool `[B, 1, L, L]`: row, 1 for all heads, query, key; True = may attend.
-
-    Raises:
-        SeqpackError: `segment_ids` is not integers of rank 1 or 2.
-
-    Example:
-        >>> segment_mask(jnp.array([[1, 1, 2, 0]]), causal=True)[0, 0].astype(int).tolist()
-        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    """
-    ids = jnp.atleast_2d(check_ids("segment_mask", "segment_ids", segment_ids, max_rank=2))
-    mask = ids[:, None, :, None] == ids[:, None, None, :]
-    return jnp.tril(mask) if causal else mask
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "causal"))
-def build_packing_attention_bias(
-    segment_ids: ArrayLike, dtype: DTypeLike = jnp.float32, *, causal: bool = False
-) -> Array:
-    """Build the additive form of `segment_mask`, to be added to the attention scores.
-
-    Blocked pairs get a large finite value, never -inf: -2^41, or -2^15 in float16.  Their weight is
-    exactly 0 after the softmax, which hides finite garbage at padding, but not NaN: 0 x NaN is NaN
-    in any dense attention.  Combine masks as booleans: two float16 biases add up to -inf.
-
-    Time: O(B L^2).  Memory: B L^2 floats, or none where XLA fuses it into the attention.
-
-    Args:
-        segment_ids: integers `[B, L]`, or `[L]` for one row.
-        dtype: static; float16, bfloat16, float32, or float64 where `jax_enable_x64` is set.
-        causal: static; whether tokens attend only to themselves and to earlier tokens.
-
-    Returns:
-        `dtype` `[B, 1, L, L]`: 0 where `segment_mask` is True, else the large negative value.
-
-    Raises:
-        SeqpackError: `segment_ids` is not integers of rank 1 or 2, or `dtype` is another one.
-
-    Example:
-        >>> build_packing_attention_bias(jnp.array([1, 1, 2]), jnp.float16)[0, 0].tolist()
-        [[0.0, 0.0, -32768.0], [0.0, 0.0, -32768.0], [-32768.0, -32768.0, 0.0]]
-    """
-    caller = "build_packing_attention_bias"
-    ids = check_ids(caller, "segment_ids", segment_ids, max_rank=2)
-    try:
-        found = None if dtype is None else jnp.dtype(dtype).name
-    except TypeError:
-        found = str(dtype)
-    name = check_choice(caller, "dtype", found, tuple(_MASK_VALUES))
-    allowed, blocked = jnp.zeros((), dtype), jnp.array(_MASK_VALUES[name], dtype)
-    return jnp.where(segment_mask(ids, causal=causal), allowed, blocked)
-
-
-@functools.partial(jax.jit, static_argnames=("max_segments",))
-def build_packing_cu_seqlens(
-    segment_ids: ArrayLike, attention_mask: ArrayLike | None = None, *, max_segments: int
-) -> CuSeqlens:
-    """Find the offsets of all segments in the stream of real tokens, for varlen attention.
-
-    Kernels that take `cu_seqlens` (FlashAttention and its kin) read the rows end to end, without
-    padding.  Rows on several devices are several streams: call this under `jax.shard_map`.  No
-    value can raise inside jit: keep to `max_segments` where rows are packed, and watch `overflow`.
-
-    Time: O(B L + B max_segments log(B L)).  Memory: O(B L + B max_segments).
-
-    Args:
-        segment_ids: integers `[B, L]`, or `[L]` for one row.
-        attention_mask: bool or integers of the same shape; 0 marks padding, as an id of 0 does.  A
-            token masked out inside a segment cuts it in two.
-        max_segments: static; the most segments in any *row*, in `[1, 2**20]`.
-
-    Returns:
-        A `CuSeqlens`.
-
-    Raises:
-        SeqpackError: `segment_ids` is not integers of rank 1 or 2, `attention_mask` not bool or
-            integers of its shape, or `max_segments` not an integer of at least 1.
-
-    Example:
-        >>> segment_ids = jnp.array([[1, 1, 2, 2, 2, 0], [1, 0, 2, 2, 2, 2]])
-        >>> build_packing_cu_seqlens(segment_ids, max_segments=3).cu_seqlens.tolist()
-        [0, 2, 5, 6, 10, 10, 10]
-    """
-    caller = "build_packing_cu_seqlens"
-    ids = check_ids(caller, "segment_ids", segment_ids, max_rank=2)
-    max_segments = check_int(caller, "max_segments", max_segments, 1, 2**20)
-    ids = jnp.atleast_2d(jnp.where(_real_tokens(caller, ids, attention_mask), ids, 0))
-    real = ids != 0
-    starts = _run_starts(ids) & real
-    overflow = jnp.any(jnp.sum(starts, axis=-1, dtype=jnp.int32) > max_segments)
-    real_before = jnp.pad(jnp.cumsum(real.ravel(), dtype=jnp.int32), (1, 0))  # [B * L + 1]
-    starts_so_far = jnp.cumsum(starts.ravel(), dtype=jnp.int32)  # [B * L]
-    # A segment that does not exist is found behind the last token, so the tail repeats itself.
-    segment = jnp.arange(1, ids.shape[0] * max_segments + 2, dtype=jnp.int32)
-    cu_seqlens = real_before[jnp.searchsorted(starts_so_far, segment)]
-    return CuSeqlens(cu_seqlens, jnp.max(jnp.diff(cu_seqlens), initial=0), overflow)
-
-
-@jax.jit
-def from_seed_ids(sequence_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
-    """Convert the `sequence_ids` of the seed (the torch library seqpack) to segment ids.
-
-    The seed counts from 0 and gives padding the id of the last sequence.  Here 0 *is* padding: a
-    seed batch used as it stands loses the first sequence of every row and attends to its padding.
     Time and memory: O(B L).
 
     Args:
-        sequence_ids: integers `[..., L]`; a run of equal ids is a sequence.
-        attention_mask: bool or integers of the same shape, 0 on padding.  Without it, no token is
-            padding.  A token masked out inside a sequence cuts it in two.
+        segment_ids: integers `[..., L]`, any leading dimensions; 0 = padding.
+        positions: integers `[..., L]`, as the batch has them.  Without them, counted from the ids.
+        kv_segment_ids: integers `[..., S]`, in cross attention: decoder segment `i` attends to
+            encoder segment `i`.  A segment may be missing there; its queries then have no keys.
+        kv_positions: integers `[..., S]`; without them, counted from `kv_segment_ids`.
+        causal: static; whether keys later than the query are hidden.  By default True, and False
+            with `kv_segment_ids`: a decoder sees the whole of its encoder segment.
+        window: static; a token sees itself and the `window - 1` tokens before it, and also the
+            `window - 1` after it unless `causal`.  None: no limit.
+        max_segments: static; the most segments in any row, as the rows were packed.
+        contiguous: static; False for tokens that are not in packed order any more.
 
     Returns:
-        int32 `[..., L]`: 1, 2, ... in row order, 0 on padding.
+        A `SegmentInfo`.
 
     Raises:
-        SeqpackError: `sequence_ids` is not integers of rank 1 or more, or `attention_mask` not
-            bool or integers of the same shape.
+        SeqpackError: ids or positions are not integers, or their shapes do not fit; positions are
+            missing though `contiguous` is False; `kv_positions` without `kv_segment_ids`; `window`
+            or `max_segments` is not an integer of at least 1, or `causal` or `contiguous` no bool.
 
     Example:
-        >>> sequence_ids, attention_mask = jnp.array([0, 0, 1, 1, 1]), jnp.array([1, 1, 1, 0, 0])
-        >>> from_seed_ids(sequence_ids, attention_mask).tolist()
-        [1, 1, 2, 0, 0]
+        >>> info = segment_info(jnp.array([[1, 1, 2, 0]]), window=4)
+        >>> info.positions.tolist(), info.causal
+        ([[0, 1, 0, 0]], True)
+
+        Encoder-decoder:
+
+        >>> decoder, encoder = jnp.array([[1, 2, 2]]), jnp.array([[1, 1, 2, 0]])
+        >>> segment_info(decoder, kv_segment_ids=encoder).kv_bounds().k_end.tolist()
+        [[2, 3, 3]]
     """
-    ids = check_ids("from_seed_ids", "sequence_ids", sequence_ids)
-    real = _real_tokens("from_seed_ids", ids, attention_mask)
-    starts = (_run_starts(ids) | _run_starts(real)) & real
-    return jnp.where(real, jnp.cumsum(starts, axis=-1, dtype=jnp.int32), 0)
+    caller = "segment_info"
+    ids = check_ids(caller, "segment_ids", segment_ids).astype(jnp.int32)
+    kv_ids = None
+    if kv_segment_ids is not None:
+        kv_ids = check_ids(caller, "kv_segment_ids", kv_segment_ids).astype(jnp.int32)
+        if kv_ids.shape[:-1] != ids.shape[:-1]:
+            problem = f"kv_segment_ids has shape {kv_ids.shape}, but segment_ids has {ids.shape}"
+            fail(caller, problem, "pass the same rows on both sides; only their lengths may differ")
+    elif kv_positions is not None:
+        fail(caller, "kv_positions came without kv_segment_ids", "pass both or neither")
+    for name, flag in (("causal", causal), ("contiguous", contiguous)):
+        if not (isinstance(flag, bool) or (flag is None and name == "causal")):
+            fail(caller, f"{name} = {flag!r} is not a bool", "it is static: pass True or False")
+    if window is not None:
+        window = check_int(caller, "window", window, 1, 2**31 - 1)
+    if max_segments is not None:
+        max_segments = check_int(caller, "max_segments", max_segments, 1, 2**20)
+    places = _positions(caller, "positions", positions, ids, contiguous)
+    kv_places = None
+    if kv_ids is not None:
+        kv_places = _positions(caller, "kv_positions", kv_positions, kv_ids, contiguous)
+    is_causal = kv_ids is None if causal is None else causal
+    return SegmentInfo(ids, places, kv_ids, kv_places, is_causal, window, max_segments, contiguous)
 
 
-def check_ids(caller: str, name: str, ids: ArrayLike, max_rank: int | None = None) -> Array:
-    """Return `ids` as an array of an integer dtype and of rank 1 to `max_rank`."""
-    array = jnp.asarray(ids)
-    has_rank = 1 <= array.ndim <= (max_rank or array.ndim)
-    if not (has_rank and jnp.issubdtype(array.dtype, jnp.integer)):
-        shape = "[B, L] or [L]" if max_rank else "[..., L]"
-        problem = f"{name} is {array.dtype} of shape {array.shape}, but it must be integers {shape}"
-        fail(caller, problem, "pass rows of int32, and jax.vmap over further leading dimensions")
-    return array
+def _positions(
+    caller: str, name: str, given: ArrayLike | None, ids: Array, contiguous: bool
+) -> Array:
+    """Return the given positions as int32, or those that contiguous ids imply."""
+    if given is not None:
+        places = check_ids(caller, name, given).astype(jnp.int32)
+        if places.shape != ids.shape:
+            problem = f"{name} has shape {places.shape}, but its segment ids have {ids.shape}"
+            fail(caller, problem, "pass one position per token")
+        return places
+    if not contiguous:
+        hint = "compute them while the tokens are in packed order, and reorder them along"
+        fail(caller, f"{name} is None, but contiguous is False", hint)
+    counted: Array = positions_from_segment_ids(ids)
+    return counted
 
 
-def _real_tokens(caller: str, ids: Array, attention_mask: ArrayLike | None) -> Array:
-    """Return `attention_mask` as bool, all True when it is None."""
-    if attention_mask is None:
-        return jnp.ones(ids.shape, bool)
-    mask = jnp.asarray(attention_mask)
-    is_mask = mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)
-    if not is_mask or mask.shape != ids.shape:
-        found = f"attention_mask is {mask.dtype} of shape {mask.shape}"
-        problem = f"{found}, but it must be bool or integers of shape {ids.shape}"
-        fail(caller, problem, "pass 1 for real tokens and 0 for padding, not an additive bias")
-    return mask.astype(bool)
-
-
-def _run_starts(values: Array) -> Array:
-    """Mark the first of each run of equal values along the last axis."""
-    first = jnp.ones_like(values[..., :1], dtype=bool)
-    return jnp.concatenate([first, values[..., 1:] != values[..., :-1]], axis=-1)
+def _monotone(ids: Array, is_cross: bool) -> Array:
+    if not is_cross:
+        monotone: Array = monotone_segment_ids(ids)
+        return monotone
+    doubled = 2 * ids  # 0 on padding, which takes the id before it, and 1 more
+    return jnp.where(ids != 0, doubled, jax.lax.cummax(doubled, axis=ids.ndim - 1) + 1)
