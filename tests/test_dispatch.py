@@ -295,7 +295,8 @@ def test_choice_on_tpu(monkeypatch):
     assert choose_implementation(*shapes(), plain_info()) == "splash"
     assert choose_implementation(*shapes(200), plain_info(200)) == "dense"
     assert choose_implementation(*shapes(dtype=jnp.float64), plain_info()) == "dense"
-    assert choose_implementation(*shapes(2000), plain_info(2000)) == "blocked"
+    assert choose_implementation(*shapes(2000), plain_info(2000)) == "dense"
+    assert choose_implementation(*shapes(2050), plain_info(2050)) == "blocked"
     encoder = jnp.ones((2, 100), jnp.int32)
     info = plain_info(kv_segment_ids=encoder, causal=False)
     assert choose_implementation(*shapes(256, 100), info) == "dense"

@@ -19,8 +19,10 @@ from seqpack_jax.model.segments import SegmentInfo
 __all__ = ["BLOCKED_FROM", "IMPLEMENTATIONS", "choose_implementation", "packed_attention"]
 
 # Where no kernel serves, 'dense' below this many tokens in a row (of queries or keys, whichever is
-# longer) and 'blocked' from it on.
-BLOCKED_FROM = 1024
+# longer) and 'blocked' from it on.  Measured on CPU, forward and backward: 'blocked' is even at 128,
+# 1.2 times as fast at 256 and twice at 512, while the compiler splits 'dense' over devices.
+BLOCKED_FROM = 512
+_BLOCKED_FROM_ELSEWHERE = 2048  # not measured: a guard of the memory, as loops are slow there
 
 IMPLEMENTATIONS = ("dense", "blocked", "splash", "cudnn", "tokamax")
 
@@ -141,8 +143,8 @@ def choose_implementation(query: _Typed, key: _Typed, info: SegmentInfo) -> str:
 
     It is chosen while tracing, by `jax.default_backend()`: on a TPU `'splash'`; on a GPU
     `'tokamax'` if it can be imported, else `'cudnn'`; each if it can serve the shapes, the dtype
-    and `info`.  Otherwise `'blocked'` for rows of `BLOCKED_FROM` tokens or more, where `info` lets
-    it, and `'dense'`.  To override it, pass `implementation` to `packed_attention` or
+    and `info`.  Otherwise `'blocked'` for rows of `BLOCKED_FROM` tokens or more (2,048 where the
+    backend is not the CPU), where `info` lets it, and `'dense'`.  To override it, pass `implementation` to `packed_attention` or
     `PackedSelfAttention`: for instance when a computation is put on the CPU of a GPU host.
 
     Args:
@@ -166,7 +168,8 @@ def choose_implementation(query: _Typed, key: _Typed, info: SegmentInfo) -> str:
         preferred = ["tokamax"] if _has_tokamax() else []
         # cuDNN takes wider heads from Hopper on alone.
         preferred += ["cudnn"] if query.shape[-1] <= 128 else []
-    if max(query.shape[1], key.shape[1]) >= BLOCKED_FROM:
+    least = BLOCKED_FROM if backend == "cpu" else _BLOCKED_FROM_ELSEWHERE
+    if max(query.shape[1], key.shape[1]) >= least:
         preferred.append("blocked")
     return next((name for name in preferred if not _obstacle(name, query, key, info)), "dense")
 
