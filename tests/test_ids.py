@@ -12,6 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from packed_rows import HAND_ROWS, LENGTH, packed_rows
 
 from seqpack_jax.errors import SeqpackError
 from seqpack_jax.model.ids import (
@@ -25,7 +26,6 @@ from seqpack_jax.model.ids import (
     valid_tokens,
 )
 
-LENGTH = 12
 FUNCTIONS = {
     "positions": positions_from_segment_ids,
     "from_seed": from_seed_ids,
@@ -37,36 +37,6 @@ FUNCTIONS = {
     "shift": functools.partial(shift_mask, k=2),
     "ahead": functools.partial(shift_mask, k=-1),
 }
-
-# Rows that random ones rarely hit: padding before, between and after, one-token segments, one
-# full-length segment, nothing but padding.
-HAND_ROWS = np.array(
-    [
-        [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3],
-        [0, 1, 1, 0, 0, 2, 3, 3, 0, 4, 0, 0],
-        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
-        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
-    ],
-    np.int32,
-)
-
-
-@st.composite
-def packed_rows(draw):
-    """Segment ids of the shape of `HAND_ROWS`: segments in order, padding anywhere between them."""
-    result = np.zeros_like(HAND_ROWS)
-    for row in result:
-        pieces = draw(st.lists(st.tuples(st.integers(1, LENGTH), st.booleans()), max_size=LENGTH))
-        start = segment = 0
-        for length, real in pieces:
-            segment += real
-            row[start : start + length] = segment if real else 0
-            start += length
-            if start >= LENGTH:
-                break
-    return result
 
 
 # --- loops ------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from attention_reference import HARD_ROWS
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from packed_rows import HAND_ROWS, LENGTH, packed_rows
 
 from seqpack_jax.errors import SeqpackError
 from seqpack_jax.model.ids import from_seed_ids
 from seqpack_jax.model.key_bounds import kv_bounds
 from seqpack_jax.model.offsets import build_packing_cu_seqlens, cu_seqlens, seqlens_and_offsets
 
-LENGTH = 12
 FUNCTIONS = {
     "seed": functools.partial(build_packing_cu_seqlens, max_segments=LENGTH),
     "seqlens": functools.partial(seqlens_and_offsets, max_segments=LENGTH),
@@ -38,36 +38,6 @@ FUNCTIONS = {
     ),
 }
 BY_ROW = ["seqlens", "cross", "row", "own"]
-
-# Rows that random ones rarely hit: padding before, between and after, one-token segments, one
-# full-length segment, nothing but padding.
-HAND_ROWS = np.array(
-    [
-        [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3],
-        [0, 1, 1, 0, 0, 2, 3, 3, 0, 4, 0, 0],
-        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
-        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
-    ],
-    np.int32,
-)
-
-
-@st.composite
-def packed_rows(draw):
-    """Segment ids of the shape of `HAND_ROWS`: segments in order, padding anywhere between them."""
-    result = np.zeros_like(HAND_ROWS)
-    for row in result:
-        pieces = draw(st.lists(st.tuples(st.integers(1, LENGTH), st.booleans()), max_size=LENGTH))
-        start = segment = 0
-        for length, real in pieces:
-            segment += real
-            row[start : start + length] = segment if real else 0
-            start += length
-            if start >= LENGTH:
-                break
-    return result
 
 
 @st.composite

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from seqpack_jax.errors import check_choice, check_int, fail
 from seqpack_jax.model.ids import check_ids, real_tokens, run_starts
+from seqpack_jax.model.key_bounds import search_rows
 
 __all__ = [
     "CuSeqlens",
@@ -303,31 +304,14 @@ def _find_runs(starts: Array, goes_on: Array, slots: int) -> tuple[Array, Array]
     """
     started = jnp.cumsum(starts, axis=-1, dtype=jnp.int32)
     ended = started - goes_on.astype(jnp.int32)
-    ranks = jnp.arange(1, slots + 1, dtype=jnp.int32)
-    start, last = _search(started, ranks), _search(ended, ranks)
+    ranks = _ranks(slots, starts.ndim)
+    start, last = search_rows(started, ranks), search_rows(ended, ranks)
     return start, jnp.minimum(last + 1, starts.shape[-1])
 
 
-def _search(rising: Array, targets: Array) -> Array:
-    """Return where `rising` first reaches each of the targets, or its size: int32 `[..., M]`.
-
-    `jnp.searchsorted` takes one row; under `vmap` it fails on the arrays of an explicit mesh.
-    """
-    size = rising.shape[-1]
-    widths = [(0, 0)] * (rising.ndim - 1) + [(0, 1)]
-    values = jnp.pad(rising, widths, constant_values=2**31 - 1)
-    targets = jnp.expand_dims(targets, range(rising.ndim - targets.ndim))
-    low = jnp.zeros_like(values[..., :1]) + jnp.zeros_like(targets)
-
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        is_below = jnp.take_along_axis(values, middle, axis=-1) < targets
-        return jnp.where(is_below, middle + 1, low), jnp.where(is_below, high, middle)
-
-    found: Array
-    found, _ = jax.lax.fori_loop(0, size.bit_length(), halve, (low, low + size))
-    return found
+def _ranks(slots: int, rank: int) -> Array:
+    """Return 1, 2, ... for all rows: int32 `[1, ..., slots]`."""
+    return jnp.arange(1, slots + 1, dtype=jnp.int32).reshape((1,) * (rank - 1) + (slots,))
 
 
 def _find_segments(ids: Array, max_segments: int) -> tuple[Array, Array]:
@@ -340,10 +324,10 @@ def _keep_shared(ids: Array, start: Array, end: Array, partner: Array) -> tuple[
     slots, length = start.shape[-1], ids.shape[-1]
     own = _ids_of(ids, start, end)
     others = _ids_of(partner, *_find_segments(partner, slots))
-    at = jnp.minimum(_search(others, own), slots - 1)
+    at = jnp.minimum(search_rows(others, own), slots - 1)
     found = jnp.take_along_axis(others, at, axis=-1)
     kept = jnp.cumsum((found == own) & (start < end), axis=-1, dtype=jnp.int32)
-    slot = _search(kept, jnp.arange(1, slots + 1, dtype=jnp.int32))
+    slot = search_rows(kept, _ranks(slots, kept.ndim))
     none = jnp.full_like(start[..., :1], length)
     moved = (jnp.concatenate([each, none], axis=-1) for each in (start, end))
     start, end = (jnp.take_along_axis(each, slot, axis=-1) for each in moved)
