@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from seqpack_jax.trial import Batch, Trial, change, plant
+from seqpack_jax.trial import Batch, Trial, change, plant, usual
 
 __all__ = ["Finding", "Values", "find_in_loss", "find_in_values", "primitives_of"]
 
@@ -102,11 +102,11 @@ def _find_nan(values: Values, batches: list[Batch]) -> list[Finding]:
 
 
 def _effect(before: dict[str, NDArray[Any]], after: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    """Return `[B, L]`: how far each token moved, relative to the largest value; inf for new NaN."""
+    """Return `[B, L]`: how far each token moved, relative to the usual values; inf for new NaN."""
     effects = []
     for name, old in before.items():
         new = after[name]
-        scale = float(np.abs(old[np.isfinite(old)]).max(initial=0.0)) or 1.0
+        scale = usual(old) or 1.0
         with np.errstate(invalid="ignore"):
             moved = np.where((old == new) | (np.isnan(old) & np.isnan(new)), 0.0, np.abs(old - new))
         moved = np.where(np.isnan(moved), np.inf, moved) / scale

@@ -20,11 +20,13 @@ from seqpack_jax.trial import (
     Run,
     Trial,
     cut,
+    gap_between,
     largest,
     packings_of,
     plant,
     spaced,
     token_leaves,
+    usual,
 )
 
 __all__ = ["PackingReport", "assert_packing_equivalence"]
@@ -222,7 +224,7 @@ class _Check:
             self.of_sums = max([_SUMS.get(name, 1.0) for name in trial.dtypes()], default=1.0)
         self.worst = {"outputs": 0.0, "gradients": 0.0, "loss": 0.0}
         self.scales = {
-            name: max(largest(run.outputs[name]) for run in self.alone)
+            name: max(usual(run.outputs[name]) for run in self.alone)
             for name in self.alone[0].outputs
         }
 
@@ -298,7 +300,7 @@ class _Check:
                 one, two = (
                     [getattr(run, field)[path] for run in runs] for runs in (found, expected)
                 )
-                scale = max([*map(largest, two), self.scales.get(path, 0.0)])
+                scale = max([*map(usual, two), self.scales.get(path, 0.0)])
                 what = path if kind == "outputs" else f"the gradient of batch{path}"
                 pairs = list(zip(places, one, two, strict=True))
                 self._judge(kind, what, where, pairs, scale)
@@ -325,11 +327,9 @@ class _Check:
         scale: float,
         factor: float = 1.0,
     ) -> None:
-        allowed = self.atol + self.rtol * factor * scale
-        first, most = "", 0.0
+        allowed, first, most = self.atol + self.rtol * factor * scale, "", 0.0
         for place, found, expected in pairs:
-            gap = np.abs(found - expected)
-            gap = np.where(np.isnan(gap), np.inf, gap)
+            gap = gap_between(found, expected, self.rtol, allowed)
             most = max(most, float(gap.max(initial=0.0)))
             if not first and (gap > allowed).any():
                 at = np.unravel_index(int(np.argmax(gap > allowed)), gap.shape)
@@ -394,10 +394,10 @@ def _first_layer(
     if check.planted != "nothing":
         runs.append(values(plant(where.batch, check.planted, check.pools)))
     for name in runs[0]:
-        allowed = check.atol + check.rtol * max(largest(each[name]) for each in alone)
+        allowed = check.atol + check.rtol * max(usual(each[name]) for each in alone)
         for place in trial.places(where.batch, where.layout):
             expected = alone[place.sequence][name][0, : trial.lengths[place.sequence]]
-            gaps = [np.abs(found[name][place.row, place.tokens] - expected) for found in runs]
+            gaps = [gap_between(each[name][place.row, place.tokens], expected) for each in runs]
             if not all((gap <= allowed).all() for gap in gaps):
                 return name, functools.partial(_of_layer, values, name)
     return "", trial.outputs

@@ -266,6 +266,26 @@ class Trial:
         return jax.value_and_grad(loss_of)(floats)
 
 
+def usual(array: NDArray[Any]) -> float:
+    """Return the largest finite size, but for numbers far beyond most: -1e9 of a masked logit."""
+    size = np.abs(array[np.isfinite(array) & (array != 0)])
+    return min(float(size.max()), 100 * float(np.median(size))) if size.size else 0.0
+
+
+def gap_between(
+    found: NDArray[Any], expected: NDArray[Any], rtol: float = 0.0, allowed: float = 0.0
+) -> NDArray[Any]:
+    """Return the difference of each pair: 0 of the same infinity twice, inf with a NaN.
+
+    A difference within `rtol` of the number expected counts `allowed` at most.
+    """
+    with np.errstate(invalid="ignore"):
+        gap = np.where(found == expected, 0.0, np.abs(found - expected))
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    own = rtol * np.abs(np.where(np.isfinite(expected), expected, 0.0))
+    return np.where(gap <= own, np.minimum(gap, allowed), gap)
+
+
 def largest(array: NDArray[Any]) -> float:
     """Return the largest absolute value that is finite, 0 if there is none."""
     return float(np.abs(array[np.isfinite(array)]).max(initial=0.0))

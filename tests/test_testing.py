@@ -321,6 +321,18 @@ def test_the_message_says_where_and_how_much():
     )
 
 
+@pytest.mark.parametrize("banned", [-1e9, -np.inf])
+def test_numbers_far_beyond_the_others_hide_no_leak(banned):
+    """Logits of banned tokens are -1e9, or -inf, in a right model too."""
+
+    def with_banned(apply_fn):
+        return lambda w, batch: apply_fn(w, batch).at[..., 0].set(banned)
+
+    check(with_banned(models.transformer()))
+    with pytest.raises(AssertionError, match="attention"):
+        check(with_banned(models.slight()))
+
+
 def test_the_first_layer_that_differs_is_named():
     def layers(w, batch):
         x = models.embed(w, batch)

@@ -19,8 +19,8 @@ from seqpack_jax.model.segments import SegmentInfo
 __all__ = ["BLOCKED_FROM", "IMPLEMENTATIONS", "choose_implementation", "packed_attention"]
 
 # Where no kernel serves, 'dense' below this many tokens in a row (of queries or keys, whichever is
-# longer) and 'blocked' from it on.  Measured on CPU, forward and backward: 'blocked' is even at 128,
-# 1.2 times as fast at 256 and twice at 512, while the compiler splits 'dense' over devices.
+# longer) and 'blocked' from it on.  Measured on CPU, forward and backward: 'blocked' is even at
+# 128, 1.2 times as fast at 256 and twice at 512, while the compiler splits 'dense' over devices.
 BLOCKED_FROM = 512
 _BLOCKED_FROM_ELSEWHERE = 2048  # not measured: a guard of the memory, as loops are slow there
 
@@ -144,8 +144,9 @@ def choose_implementation(query: _Typed, key: _Typed, info: SegmentInfo) -> str:
     It is chosen while tracing, by `jax.default_backend()`: on a TPU `'splash'`; on a GPU
     `'tokamax'` if it can be imported, else `'cudnn'`; each if it can serve the shapes, the dtype
     and `info`.  Otherwise `'blocked'` for rows of `BLOCKED_FROM` tokens or more (2,048 where the
-    backend is not the CPU), where `info` lets it, and `'dense'`.  To override it, pass `implementation` to `packed_attention` or
-    `PackedSelfAttention`: for instance when a computation is put on the CPU of a GPU host.
+    backend is not the CPU), where `info` lets it, and `'dense'`.  To override it, pass
+    `implementation` to `packed_attention` or `PackedSelfAttention`: for instance when a computation
+    is put on the CPU of a GPU host.
 
     Args:
         query: array, or `jax.ShapeDtypeStruct`, of shape `[B, L, N, H]`.
