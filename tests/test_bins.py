@@ -107,3 +107,32 @@ def test_check_sees_what_the_policy_does_not_pack():
         sp.SeqpackError, match=r"lengths\[1\] = 9, .* Hint: pass the packed lengths"
     ):
         dataclasses.replace(bins, over_length=OverLength()).check([5, 9])
+
+
+@given(
+    packing=over_length_packings(),
+    algorithm=algorithms | st.just("next_fit"),
+    tolerance=st.integers(1, 5),
+)
+def test_longest_first_sorts_each_bin(packing, algorithm, tolerance):
+    lengths, capacity, policy = packing
+    bins = sp.pack_sequences(
+        lengths, capacity, algorithm=algorithm, tolerance=tolerance, over_length=policy
+    )
+    found = bins.longest_first(lengths)
+    size = {i: min(length, capacity) for i, length in enumerate(lengths)}
+    if bins.pieces is not None:
+        table = bins.pieces.table[:].tolist()
+        size |= {
+            bins.pieces.first_id + k: stop - start for k, (_, _, start, stop) in enumerate(table)
+        }
+    expected = [sorted(ids, key=size.__getitem__, reverse=True) for ids in bins.tolist()]
+    assert found.tolist() == expected  # `sorted` is stable
+    found.check(lengths)
+    assert found[1:].longest_first(lengths).tolist() == expected[1:]
+
+
+def test_longest_first_refuses_other_lengths():
+    bins = sp.pack_sequences([5, 3, 2], 8)
+    with pytest.raises(sp.SeqpackError, match=r"^Bins\.longest_first: an id is not in \[0, 2\)"):
+        bins.longest_first([5, 3])
