@@ -311,7 +311,7 @@ def test_a_cache_needs_filelock(tmp_path, monkeypatch):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from seqpack_jax.feeding.measuring import measure_lengths
 
@@ -324,6 +324,8 @@ class Slow:
         return "text"
 
 if __name__ == "__main__":
+    # Tests that a script runs in the background inherit an interrupt that is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     measure_lengths(Slow(), workers=2)
 """
 
