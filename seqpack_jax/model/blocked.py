@@ -123,8 +123,8 @@ def blocked_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     k_start, k_end = info.kv_bounds(pad="empty")
     # A weight of 0 does not hide NaN.  Selecting here also selects among the cotangents.
-    query = _keep(k_start < k_end, query)
-    key, value = _keep(kv_ids != 0, key), _keep(kv_ids != 0, value)
+    query = keep_tokens(k_start < k_end, query)
+    key, value = keep_tokens(kv_ids != 0, key), keep_tokens(kv_ids != 0, value)
     blocks = _Blocks(
         _matrices(query, sizes[0], key.shape[2]),
         _matrices(key, sizes[1], key.shape[2]),
@@ -133,7 +133,7 @@ def blocked_attention(
     group = query.shape[2] // key.shape[2]
     bounds = _end_to_end(k_start, k_end, sizes, group, key.shape[1])
     output = _attend(scale, *_vary_alike(blocks, bounds))
-    return _keep(k_start < k_end, _rows(output, query.shape, sizes[0]))
+    return keep_tokens(k_start < k_end, _rows(output, query.shape, sizes[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -286,7 +286,7 @@ def _rows(matrices: Array, shape: tuple[int, ...], block: int) -> Array:
     return split.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, size)[:, :length]
 
 
-def _keep(where: Array, values: Array) -> Array:
+def keep_tokens(where: Array, values: Array) -> Array:
     """Return `values` `[B, L, N, H]` where the token is kept `[B, L]`, else 0."""
     return jnp.where(where[:, :, None, None], values, 0)
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from seqpack_jax.errors import check_choice, fail
 from seqpack_jax.model.adapters import splash_mask, to_jax_nn, to_splash
-from seqpack_jax.model.blocked import blocked_attention, check_arrays
+from seqpack_jax.model.blocked import blocked_attention, check_arrays, keep_tokens
 from seqpack_jax.model.kernel_adapters import to_tokamax_mask
 from seqpack_jax.model.segments import SegmentInfo
 
@@ -127,7 +127,11 @@ def packed_attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     # A weight of 0 does not hide NaN.  Selecting here also selects among the cotangents.
     has_key, is_key = _has_key(info), kv_ids != 0
-    query, key, value = _keep(has_key, query), _keep(is_key, key), _keep(is_key, value)
+    query, key, value = (
+        keep_tokens(has_key, query),
+        keep_tokens(is_key, key),
+        keep_tokens(is_key, value),
+    )
     if implementation == "splash":
         output = _splash(query, key, value, info, scale, interpret)
     elif implementation == "tokamax":
@@ -135,7 +139,7 @@ def packed_attention(
     else:
         form = "cudnn" if implementation == "cudnn" else "xla"
         output = _jax_nn(query, key, value, info, scale, form)
-    return _keep(has_key, output)
+    return keep_tokens(has_key, output)
 
 
 def choose_implementation(query: _Typed, key: _Typed, info: SegmentInfo) -> str:
@@ -286,8 +290,3 @@ def _has_key(info: SegmentInfo) -> Array:
         bounds = info.kv_bounds()
         return real & (bounds.k_end > bounds.k_start)
     return real & jnp.any(info.mask(pad="empty")[:, 0], axis=-1)
-
-
-def _keep(where: Array, values: Array) -> Array:
-    """Return `values` `[B, L, N, H]` where the token is kept `[B, L]`, else 0."""
-    return jnp.where(where[..., None, None], values, jnp.zeros((), values.dtype))

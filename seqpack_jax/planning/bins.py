@@ -103,8 +103,7 @@ class Bins:
         array = self._lengths_of_ids(caller, planned)
         check_integers(caller, "ids", self.ids)
         check_offsets(caller, self.offsets, len(self.ids), len(self), hint)
-        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < len(array):
-            fail(caller, f"an id is not in [0, {len(array)})", hint)
+        self._check_ids(caller, len(array), hint)
         uses = np.bincount(self.ids, minlength=len(array))
         wrong = uses != (array > 0)
         if wrong.any():
@@ -143,10 +142,13 @@ class Bins:
         caller, hint = "Bins.longest_first", "pass the packed lengths"
         planned = apply_to_lengths(caller, self.over_length, lengths, self.max_seq_len, hint=hint)
         array = self._lengths_of_ids(caller, planned)
-        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < len(array):
-            fail(caller, f"an id is not in [0, {len(array)})", hint)
+        self._check_ids(caller, len(array), hint)
         bins = np.repeat(np.arange(len(self)), np.diff(self.offsets))
         return replace(self, ids=self.ids[np.lexsort((-array[self.ids], bins))])
+
+    def _check_ids(self, caller: str, count: int, hint: str) -> None:
+        if len(self.ids) and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < count:
+            fail(caller, f"an id is not in [0, {count})", hint)
 
     def _lengths_of_ids(self, caller: str, planned: PlannedLengths) -> Int64:
         """Return the tokens of every id, 0 where it is not packed, if the pieces are right."""
