@@ -1,6 +1,9 @@
 """Slow and obvious versions of what the library does; fast functions must equal them."""
 
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from math import ceil
 
 
 def pack_decreasing(
@@ -126,4 +129,146 @@ def over_length_report(lengths, max_seq_len, policy):
         sum(use == 0 for tokens in uses for use in tokens),
         sum(use - 1 for tokens in uses for use in tokens if use > 1),
         sum(identity >= len(lengths) for identity in packed),
+    )
+
+
+def fewest_bins(lengths, max_seq_len, max_segments=None):
+    """The optimum, for a dozen lengths: the longest goes into each different bin, or a new one."""
+    order = sorted(lengths, reverse=True)
+    best = len(order)
+    seen = set()
+
+    def place(index, bins):  # bins: the rooms and segments of those open, sorted
+        nonlocal best
+        if len(bins) >= best or (index, bins) in seen:
+            return
+        seen.add((index, bins))
+        if index == len(order):
+            best = len(bins)
+            return
+        for room, segments in {*bins, (max_seq_len, 0)}:
+            if room >= order[index] and (max_segments is None or segments < max_segments):
+                others = list(bins)
+                if (room, segments) in others:
+                    others.remove((room, segments))
+                placed = (room - order[index], segments + 1)
+                place(index + 1, tuple(sorted([*others, placed])))
+
+    place(0, ())
+    return best
+
+
+def all_bins(max_seq_len, max_segments=None, longest=None):
+    """Every descending tuple of lengths that fits a bin."""
+    bins = [()]
+    if max_segments != 0:
+        for first in range(1, min(longest or max_seq_len, max_seq_len) + 1):
+            fewer = None if max_segments is None else max_segments - 1
+            bins += [(first, *rest) for rest in all_bins(max_seq_len - first, fewer, first)]
+    return bins
+
+
+def martello_toth(lengths, max_seq_len):
+    """L2, as Martello and Toth (1990) write it: J3 beyond the rooms of J2."""
+    best = 0
+    for alpha in range(max_seq_len // 2 + 1):
+        j1 = [n for n in lengths if n > max_seq_len - alpha]
+        j2 = [n for n in lengths if max_seq_len - alpha >= n and 2 * n > max_seq_len]
+        j3 = [n for n in lengths if max_seq_len >= 2 * n and n >= alpha]
+        over = sum(j3) - (len(j2) * max_seq_len - sum(j2))
+        best = max(best, len(j1) + len(j2) + max(0, ceil(Fraction(over, max_seq_len))))
+    return best
+
+
+def whole_or_nothing(least, weigh, length, capacity):
+    """U^(epsilon), and another function of what it leaves as it is."""
+    if length < least:
+        return Fraction(0)
+    return Fraction(1) if length > capacity - least else weigh(length, capacity)
+
+
+def share(length, capacity):
+    return Fraction(length, capacity)
+
+
+def lueker(k):
+    """u^(k) of Lueker (1983)."""
+
+    def weigh(length, capacity):
+        parts = Fraction(length * (k + 1), capacity)
+        return Fraction(length, capacity) if parts.denominator == 1 else Fraction(int(parts), k)
+
+    return weigh
+
+
+def fekete_schepers(least):
+    """phi^(epsilon) of Fekete and Schepers (2001)."""
+
+    def weigh(length, capacity):
+        if 2 * length > capacity:
+            return 1 - Fraction((capacity - length) // least, capacity // least)
+        return Fraction(int(length >= least), capacity // least)
+
+    return weigh
+
+
+def carlier(step):
+    """f_CCM,1 of the survey of Clautiaux, Alves and Valerio de Carvalho (2010)."""
+
+    def weigh(length, capacity):
+        if 2 * length > capacity:
+            return 1 - Fraction((capacity - length) // step, capacity // step)
+        if 2 * length == capacity:
+            return Fraction(1, 2)
+        return Fraction(length // step, capacity // step)
+
+    return weigh
+
+
+def burdet_johnson(step):
+    """f_BJ,1 of the same survey, with the parameter capacity / step."""
+
+    def weigh(length, capacity):
+        parts, parameter = Fraction(length, step), Fraction(capacity, step)
+        rest, spare = parts - int(parts), parameter - int(parameter)
+        return (int(parts) + max(Fraction(0), rest - spare) / (1 - spare)) / int(parameter)
+
+    return weigh
+
+
+def beside_long(least, max_segments):
+    """phi^(epsilon) with a cap: what fits beside a long sequence, by tokens and by number."""
+
+    def weigh(length, capacity):
+        most = max(1, min(max_segments, capacity // least))
+        if 2 * length > capacity:
+            return 1 - Fraction(min(most - 1, (capacity - length) // least), most)
+        return Fraction(int(length >= least), most)
+
+    return weigh
+
+
+def dual_feasible_functions(capacity, thresholds=None, steps=None, retried=None):
+    """All that `lower_bound` may try without a cap, for small capacities by every parameter."""
+    half = (capacity + 1) // 2
+    thresholds = range(1, half + 1) if thresholds is None else [*thresholds, half]
+    steps = range(1, capacity // 2 + 1) if steps is None else steps
+    inner = [lueker(k) for k in range(1, min(32, capacity - 1) + 1)]
+    inner += [burdet_johnson(step) for step in (steps if retried is None else retried)]
+    cut = [partial(whole_or_nothing, least, each) for least in thresholds for each in inner]
+    alone = [kind(step) for step in steps for kind in (carlier, burdet_johnson)]
+    return cut + alone + [fekete_schepers(least) for least in thresholds if 2 * least <= capacity]
+
+
+def capped_functions(capacity, max_segments, thresholds=None):
+    half = (capacity + 1) // 2
+    thresholds = range(1, half + 1) if thresholds is None else [*thresholds, half]
+    return [beside_long(least, max_segments) for least in thresholds]
+
+
+def weighed(functions, counts, capacity):
+    """The best bound of some functions: the sum of all weights, rounded up."""
+    return max(
+        (ceil(sum(c * weigh(n, capacity) for n, c in counts.items())) for weigh in functions),
+        default=0,
     )

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import fields, replace
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import algorithms, packings
 
 import seqpack_jax as sp
+from seqpack_jax.planning.bounds import lower_bound
 from seqpack_jax.planning.over_length import OverLength, OverLengthReport
 from seqpack_jax.planning.stats import PackingStats
 
@@ -42,7 +44,8 @@ def test_figures_equal_what_their_names_say(packing, rows):
     assert (stats.num_bins, stats.num_sequences) == (len(bins), len(lengths))
     assert stats.num_tokens == sum(lengths)
     assert stats.num_tokens + stats.padding == stats.capacity == len(bins) * capacity
-    assert stats.gap == len(bins) - math.ceil(sum(lengths) / capacity)
+    assert stats.lower_bound == lower_bound(Counter(lengths), capacity).value
+    assert stats.gap == len(bins) - stats.lower_bound >= 0
     assert stats.max_segments == max(sizes, default=0)
     assert stats.sum_squared_lengths == sum(length**2 for length in lengths)
     if not bins:
@@ -242,6 +245,25 @@ def test_a_tolerance_is_shown_and_counted_as_planned():
     bins = sp.pack_sequences(lengths, 11, tolerance=3)
     of_bins = PackingStats.from_bins(bins, lengths, 11)
     assert (of_bins.num_tokens, of_bins.sum_squared_lengths) == (22, 122)
+
+
+def test_the_bound_is_the_best_of_the_lengths_whoever_made_the_packing():
+    """4 and 5 fit in bins of 13 twice; the volume alone says 2."""
+    stats = PackingStats.from_templates({(5, 5): 1, (5,): 2, (4,): 1}, 13)
+    assert (stats.num_bins, stats.lower_bound, stats.gap) == (4, 3, 1)
+    assert "  bound:       3 (1 bins over it)\n" in str(stats)
+    bins = sp.pack_sequences([4, 5, 5, 5, 5], 13, algorithm="next_fit")
+    assert PackingStats.from_bins(bins, [4, 5, 5, 5, 5], 13).lower_bound == 3
+
+
+def test_the_bound_is_of_true_lengths_where_they_are_known():
+    """Planned lengths of a tolerance need three bins, and true ones two."""
+    plan = sp.pack_length_histogram({5: 4}, 10, tolerance=3)
+    assert (plan.num_bins, plan.tolerance_rows) == (4, 2)
+    assert PackingStats.from_plan(plan).lower_bound == 2
+    assert PackingStats.from_templates(plan.to_counter(), 10).lower_bound == 4
+    unproved = replace(plan, certificate=None)
+    assert PackingStats.from_plan(unproved).lower_bound == 2
 
 
 def test_the_bound_of_a_cap_is_kept():

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from seqpack_jax.arrays import offsets_of, part_sums
 from seqpack_jax.errors import MAX_LENGTH, check_int, check_integers, fail
 from seqpack_jax.planning.bins import Bins
+from seqpack_jax.planning.bounds import bound_of_lengths
 from seqpack_jax.planning.histogram import Int64
 from seqpack_jax.planning.over_length import NOTHING_TOUCHED, OverLengthReport, apply_to_lengths
 from seqpack_jax.planning.plan import PackingPlan
@@ -28,7 +29,7 @@ class PackingStats:
     The three constructors give the same figures of the same packing, to the last bit, except for
     what only one of them knows:
 
-    - `lower_bound` is tokens / max_seq_len; `from_plan` takes that of a certificate, if stronger.
+    - `lower_bound` is that of the lengths, without a cap; a certificate in a plan may know more.
     - A tolerance is known to `from_plan` alone.  It has the true `num_tokens`, but planned lengths,
       which all that is marked (*) counts; `from_templates` counts planned ones, `from_bins` true.
     - `report`: `from_bins` finds it out by the policy of the bins; the others must be told.
@@ -38,7 +39,7 @@ class PackingStats:
         num_sequences: sequences (or pieces of such) over all bins.
         num_tokens: tokens over all bins.
         max_seq_len: capacity of a bin in tokens.
-        lower_bound: no packing of these sequences has fewer bins.
+        lower_bound: no packing of these sequences has fewer bins; see the function `lower_bound`.
         max_segments: the most sequences in one bin.
         segments_std: standard deviation of the sequences in a bin.
         tokens_std: standard deviation of the tokens in a bin (*).
@@ -112,9 +113,11 @@ class PackingStats:
         caller = "PackingStats.from_plan"
         if not isinstance(plan.max_seq_len, int):
             fail(caller, "the plan has several capacities", "pass plan.column(0), or another one")
-        bound = -(-plan.num_tokens // plan.max_seq_len)
-        if plan.certificate is not None:
-            bound = max(bound, plan.certificate.lower_bound)
+        proved = plan.certificate.lower_bound if plan.certificate else 0
+        bound = max(proved, -(-plan.num_tokens // plan.max_seq_len))
+        if plan.tolerance == 1 and bound < plan.num_bins:  # else the true lengths are not known
+            times = np.repeat(plan.multiplicity, plan.sizes)
+            bound = max(bound, bound_of_lengths(plan.lengths, times, plan.max_seq_len).value)
         return cls(
             num_tokens=plan.num_tokens,
             max_seq_len=plan.max_seq_len,
@@ -190,13 +193,14 @@ class PackingStats:
         bins.check(lengths)
         sizes = planned.of_ids
         tokens = int(sizes.sum())
+        held = sizes[bins.ids]
         return cls(
             num_tokens=tokens,
             max_seq_len=max_seq_len,
-            lower_bound=-(-tokens // max_seq_len),
+            lower_bound=bound_of_lengths(held, np.ones_like(held), max_seq_len).value,
             rows_per_step=rows_per_step,
             report=planned.report,
-            **_figures(sizes[bins.ids], bins.offsets, np.ones(len(bins), np.int64), max_seq_len),
+            **_figures(held, bins.offsets, np.ones(len(bins), np.int64), max_seq_len),
         )
 
     @property
@@ -240,11 +244,7 @@ class PackingStats:
 
     @property
     def tokens_per_step_mean(self) -> float:
-        """Tokens in a step, on average.
-
-        A step here, and below, is `rows_per_step` bins of a shuffled epoch, or all of them if they
-        are fewer.
-        """
+        """Tokens in a step, `rows_per_step` bins of a shuffled epoch or all of them, on average."""
         return self._rows * (self.num_tokens / max(1, self.num_bins))
 
     @property
