@@ -18,7 +18,7 @@ $(VENV)/.package: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(BIN)/python -m pip install -q -e '.[fasta,notebooks,ray]' --group dev
+	$(BIN)/python -m pip install -q -e '.[fasta,optimal,notebooks,ray]' --group dev
 	@touch $@
 
 demo: $(VENV)/.package ## Pack, feed and train on real text, in under two minutes

@@ -21,7 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPEATS = 5
-PACKAGES = ("seqpack_jax", "numpy", "jax", "grain", "pyarrow", "lightbinpack")
+PACKAGES = (
+    "seqpack_jax",
+    "numpy",
+    "jax",
+    "grain",
+    "pyarrow",
+    "highspy",
+    "lightbinpack",
+    "binpacking",
+)
 
 
 class Row(NamedTuple):

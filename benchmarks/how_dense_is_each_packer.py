@@ -6,7 +6,7 @@
 200,000 lognormal and uniform lengths, and, when the folder named by `SEQPACK_DATA` holds them, the
 lengths of SQuAD 1.1 and of Wikipedia as tokenised for BERT, and of proteins in UniProt.
 
-Yardsticks: the volume lower bound, `ceil(tokens / max_seq_len)`, which no packing can beat; and
+Yardsticks: the best lower bound of `lower_bound`, which no packing can beat; and
 LightBinPack's OBFD (C++) where it is installed.  Seconds are those of one call from lengths to ids.
 """
 
@@ -69,7 +69,7 @@ def packers(lengths: np.ndarray, max_seq_len: int) -> dict[str, Callable[[], Any
 
 def measure(name: str, lengths: np.ndarray, max_seq_len: int) -> list[tuple[str, ...]]:
     """Pack one set with every packer."""
-    bound = sp.volume_bound(np.bincount(lengths), max_seq_len)
+    bound = sp.lower_bound(np.bincount(lengths), max_seq_len).value
     title = f"{name}, {len(lengths):,} to {max_seq_len:,}"
     runs = packers(lengths, max_seq_len)
     table = []

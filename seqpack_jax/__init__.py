@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from seqpack_jax.permutation import permute as permute
     from seqpack_jax.permutation import seed_from_components as seed_from_components
     from seqpack_jax.planning.bins import Bins as Bins
+    from seqpack_jax.planning.bounds import Bound as Bound
+    from seqpack_jax.planning.bounds import lower_bound as lower_bound
     from seqpack_jax.planning.bounds import volume_bound as volume_bound
     from seqpack_jax.planning.histogram import SequencePools as SequencePools
     from seqpack_jax.planning.histogram import (
@@ -95,7 +97,7 @@ _HOMES = {
     "planning.histogram": ["SequencePools", "length_histogram_from_lengths"],
     "planning.bins": ["Bins"],
     "planning.plan": ["Certificate", "PackingPlan"],
-    "planning.bounds": ["volume_bound"],
+    "planning.bounds": ["Bound", "lower_bound", "volume_bound"],
     "planning.vectors": ["VectorPlan", "pack_vectors"],
     "planning.stats": ["PackingStats"],
     "planning.packers": [

@@ -204,8 +204,23 @@ _PREPARE: Arguments = {
     "--max-seq-len": {"required": True, **_size(), "help": "tokens per row"},
     "--algorithm": {
         "default": "best_fit_decreasing",
-        "choices": ("best_fit_decreasing", "first_fit_decreasing", "worst_fit_decreasing"),
+        "choices": (
+            "best_fit_decreasing",
+            "first_fit_decreasing",
+            "worst_fit_decreasing",
+            "optimal",
+        ),
         "help": "how to plan",
+    },
+    "--budget": {
+        "type": _positive_number,
+        "metavar": "UNITS",
+        "help": "of optimal: work until it ends, in units of about a second (default: 10 or more)",
+    },
+    "--time-limit": {
+        "type": _positive_number,
+        "metavar": "SECONDS",
+        "help": "of optimal: time until it ends; what it finds then depends on the machine",
     },
     "--max-segments": {**_size(), "help": "the most sequences in a row"},
     "--over-length": {
@@ -261,7 +276,29 @@ def _print_stats(prepared: Any, rows_per_step: int = 1, as_json: bool = False) -
 
     plan, report = prepared.plan, prepared.pools.report
     stats = PackingStats.from_plan(plan, rows_per_step=rows_per_step, report=report)
-    print(json.dumps(stats.to_dict(), indent=1) if as_json else stats)
+    proof = _certificate_of(plan, stats.lower_bound)
+    if as_json:
+        figures = {"bound_method": proof.method, "proved_optimal": proof.proved_optimal}
+        print(json.dumps(stats.to_dict() | figures, indent=1))
+    else:
+        print(f"{stats}\n{proof}")
+
+
+def _certificate_of(plan: Any, bound: int) -> Any:
+    """Return the certificate of a plan, or one for the better bound that its statistics have.
+
+    Plans of earlier releases know no bound but the volume, and those of the seed library none.
+    """
+    from seqpack_jax.planning.bounds import lower_bound
+    from seqpack_jax.planning.plan import Certificate
+
+    saved = plan.certificate
+    if saved is not None and saved.lower_bound >= bound:
+        return saved
+    method = "volume"  # with a tolerance, a plan does not hold the true lengths
+    if plan.tolerance == 1:
+        method = lower_bound(plan.counts, plan.max_seq_len).method
+    return Certificate(plan.num_bins, bound, method, bound == plan.num_bins)
 
 
 _STATS: Arguments = {

@@ -21,6 +21,7 @@ __all__ = [
     "check_int",
     "check_integers",
     "check_lengths",
+    "check_number",
     "check_offsets",
     "fail",
 ]
@@ -62,6 +63,19 @@ def check_int(
     if (low is not None and number < low) or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         fail(caller, f"{name} = {number}, but it must be {limit}", f"check what computes {name}")
+    return number
+
+
+def check_number(caller: str, name: str, value: Any) -> float:
+    """Return `value` as a float, if it is a number above 0."""
+    try:
+        if isinstance(value, bool | np.bool_ | str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        fail(caller, f"{name} = {value!r} is not a number", f"pass {name} as a float")
+    if not number > 0:
+        fail(caller, f"{name} = {value!r}, but it must be above 0", f"check what computes {name}")
     return number
 
 

@@ -32,6 +32,14 @@ def prepare_in_shards(source, output, capacity, max_rows=5, **options):
         return prepare(source, output, capacity, **options)
 
 
+def triplets(number, seed=0):
+    """So many times three lengths whose sum is 100, in any order; greedy packers miss them."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(26, 38, (2, number))
+    lengths = np.concatenate([first, second, 100 - first - second])
+    return rng.permutation(lengths)
+
+
 def content(folder):
     """The bytes of every file below `folder`."""
     return {

@@ -7,6 +7,7 @@ from seqpack_jax.planning.over_length import ACTIONS, OverLength
 from seqpack_jax.planning.packers import ALGORITHMS
 
 algorithms = st.sampled_from(sorted(ALGORITHMS))
+heuristics = st.sampled_from(sorted(set(ALGORITHMS) - {"optimal"}))
 caps = st.none() | st.integers(1, 8)
 
 

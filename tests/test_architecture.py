@@ -26,6 +26,12 @@ ORDER = [
     "planning.plan",
     "planning.heuristics",
     "planning.bounds",
+    "planning.knapsack",
+    "planning.column_generation",
+    "planning.rounding",
+    "planning.closing",
+    "planning.optimal",
+    "planning.planners",
     "planning.vector_fit",
     "planning.vectors",
     "planning.stats",
@@ -101,6 +107,8 @@ WINGS = {"planning": ["planning"], "feeding": ["feeding", "planning"], "model": 
 EDGES = ["trial", "diagnosis", "testing", "demo_model", "demo", "cli"]
 # What a module may import beside NumPy, and those of the model wing JAX.
 OPTIONAL = {
+    "planning.column_generation": {"highspy"},
+    "planning.optimal": {"rich"},
     "feeding.grain_packers": {"grain"},
     "feeding.hosts": {"jax"},
     "feeding.parcel": {"cloudpickle"},
@@ -225,7 +233,18 @@ def test_files_are_short(module):
 
 def loaded_by(statement):
     """Which of the heavy libraries a fresh Python holds after `statement`."""
-    heavy = {"jax", "flax", "grain", "pyarrow", "ray", "fsspec", "filelock", "dnaio", "rich"}
+    heavy = {
+        "jax",
+        "flax",
+        "grain",
+        "pyarrow",
+        "ray",
+        "fsspec",
+        "filelock",
+        "dnaio",
+        "rich",
+        "highspy",
+    }
     code = f"import sys; {statement}; print(*({heavy} & set(sys.modules)))"
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
 

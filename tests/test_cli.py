@@ -1,5 +1,6 @@
 """Commands, their help, and what wrong arguments get."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,13 +19,15 @@ import seqpack_jax as sp
 from seqpack_jax import cli
 from seqpack_jax.cli import main
 from seqpack_jax.demo import DemoOptions
+from seqpack_jax.planning.plan import Certificate
+from seqpack_jax.planning.planners import ALGORITHMS
 
 OPTIONS = {
     "demo": "--seconds --batch-size --max-seq-len --seed",
     "prepare": (
         "--input --length-column --tokens-column --id-column --max-seq-len --algorithm "
-        "--max-segments --over-length --overlap --min-tail --positions --tolerance --extra-tokens "
-        "--output --workers --engine --overwrite"
+        "--budget --time-limit --max-segments --over-length --overlap --min-tail --positions "
+        "--tolerance --extra-tokens --output --workers --engine --overwrite"
     ),
     "stats": "DIR --rows-per-step --json",
     "verify": "DIR",
@@ -85,6 +88,8 @@ def test_version(capsys):
         (["prepare", "--max-seq-len", "0"], "argument --max-seq-len: 0 is not in [1, 2147483647]"),
         (["prepare", "--over-length", "cut"], "argument --over-length: invalid choice: 'cut'"),
         (["prepare", "--algorithm", "next_fit"], "argument --algorithm: invalid choice"),
+        (["prepare", "--budget", "0"], "argument --budget: 0 is not above 0 and finite"),
+        (["prepare", "--time-limit", "1m"], "argument --time-limit: '1m' is not a number"),
         (["prepare", "--engine", "spark"], "argument --engine: invalid choice: 'spark'"),
         (["stats"], "the following arguments are required: DIR"),
         (["verify"], "the following arguments are required: DIR"),
@@ -129,6 +134,7 @@ def test_help_loads_nothing_heavy():
         "    main(['prepare', '--help'])\n"
         "except SystemExit:\n"
         "    heavy = {'jax', 'flax', 'optax', 'grain', 'rich', 'pyarrow', 'fsspec', 'ray'}\n"
+        "    heavy |= {'highspy'}\n"
         "    loaded = heavy & set(sys.modules)\n"
         "    sys.exit(f'loaded: {loaded}' if loaded else 0)\n"
     )
@@ -155,15 +161,16 @@ def test_prepare_stats_and_verify(data, tmp_path, capsys):
     plan = sp.pack_length_histogram(np.bincount(LENGTHS), 10)
     stats = sp.PackingStats.from_plan(plan)
     assert capsys.readouterr() == (
-        f"{stats}\n",
+        f"{stats}\n{plan.certificate}\n",
         f"preparing rows: 9, shards: 1\nwrote {out}: 5 rows, 82.00% full\n",
     )
     assert sp.load_prepared(out).plan.digest() == plan.digest()
     assert main(["stats", out]) == 0
-    assert capsys.readouterr() == (f"{stats}\n", "")
+    assert capsys.readouterr() == (f"{stats}\n{plan.certificate}\n", "")
     assert main(["stats", out, "--rows-per-step", "2", "--json"]) == 0
     stats = sp.PackingStats.from_plan(plan, rows_per_step=2)
-    assert json.loads(capsys.readouterr().out) == stats.to_dict()
+    proof = {"bound_method": "volume", "proved_optimal": True}
+    assert json.loads(capsys.readouterr().out) == stats.to_dict() | proof
     assert main(["verify", out]) == 0
     assert capsys.readouterr() == (f"{out} is whole: 9 sequences in 5 rows\n", "")
 
@@ -182,6 +189,8 @@ def test_every_option_reaches_prepare(data, monkeypatch, tmp_path, capsys):
         "tokens_column": None,
         "id_column": None,
         "algorithm": "best_fit_decreasing",
+        "budget": None,
+        "time_limit": None,
         "max_segments": None,
         "over_length": sp.OverLength(),
         "tolerance": 1,
@@ -194,8 +203,9 @@ def test_every_option_reaches_prepare(data, monkeypatch, tmp_path, capsys):
     assert seen.pop() == ((["a", "b/*.npy"], "c", 12), defaults)
     argv = (
         "prepare --input a --tokens-column t --id-column i --max-seq-len 12 --output c "
-        "--algorithm worst_fit_decreasing --max-segments 7 --over-length split --overlap 3 "
-        "--min-tail 4 --positions continue --tolerance 5 --extra-tokens 2 --workers 3 --overwrite"
+        "--algorithm optimal --budget 2.5 --time-limit 60 --max-segments 7 --over-length split "
+        "--overlap 3 --min-tail 4 --positions continue --tolerance 5 --extra-tokens 2 --workers 3 "
+        "--overwrite"
     )
     assert main(argv.split()) == 0
     assert seen.pop() == (
@@ -204,7 +214,9 @@ def test_every_option_reaches_prepare(data, monkeypatch, tmp_path, capsys):
             **defaults,
             "tokens_column": "t",
             "id_column": "i",
-            "algorithm": "worst_fit_decreasing",
+            "algorithm": "optimal",
+            "budget": 2.5,
+            "time_limit": 60.0,
             "max_segments": 7,
             "over_length": sp.OverLength("split", overlap=3, min_tail=4, positions="continue"),
             "tolerance": 5,
@@ -219,6 +231,59 @@ def test_every_option_reaches_prepare(data, monkeypatch, tmp_path, capsys):
     assert seen.pop()[1] == {**defaults, "workers": 1, "map_shards": {"num_workers": None}}
     assert main([*argv, "--workers", "5"]) == 0
     assert seen.pop()[1] == {**defaults, "workers": 1, "map_shards": {"num_workers": 5}}
+
+
+def test_every_algorithm_may_be_chosen():
+    assert cli._PREPARE["--algorithm"]["choices"] == ALGORITHMS
+
+
+def test_an_optimal_plan_and_its_proof(data, tmp_path, capsys):
+    write(tmp_path / "in.parquet", [4, 4, 3, 3, 3, 3])  # best fit puts 4 and 4 together
+    out = str(tmp_path / "out")
+    assert main([*data, "10", *"--algorithm optimal --budget 1 --time-limit 60".split()]) == 0
+    proof = sp.load_prepared(out).plan.certificate
+    assert capsys.readouterr().out.splitlines()[-1] == str(proof)
+    assert (proof.bins, proof.lower_bound, proof.proved_optimal) == (2, 2, True)
+    assert main(["stats", out, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["bound_method"], figures["proved_optimal"]) == (proof.method, True)
+    assert (figures["num_bins"], figures["lower_bound"], figures["gap"]) == (2, 2, 0)
+
+
+def test_what_optimal_plans_need(data, tmp_path, monkeypatch, capsys):
+    assert main([*data, "10", "--budget", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "prepare: budget = 5.0 with algorithm = 'best_fit_decreasing'. Hint: leave" in error
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    assert main([*data, "10", "--algorithm", "optimal"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("seqpack-jax prepare: prepare: ")
+    assert "the package highspy" in printed.err
+    assert printed.err.endswith(" Hint: pip install 'seqpack_jax[optimal]'.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+@pytest.mark.parametrize(("tolerance", "bins"), [(1, 3), (4, 4)])
+def test_the_proof_is_that_of_the_bound_that_is_shown(tolerance, bins, monkeypatch, capsys):
+    """Plans of earlier releases know the volume alone, those of the seed library not even that."""
+    plan = sp.pack_length_histogram({6: 3, 1: 2}, 10, tolerance=tolerance)
+    assert plan.certificate == Certificate(bins, 3, "Martello-Toth L2", bins == 3)
+    weaker = Certificate(bins, 2, "volume", proved_optimal=False)
+    for saved in (plan.certificate, weaker, None):
+        found = dataclasses.replace(plan, certificate=saved)
+        prepared = SimpleNamespace(plan=found, pools=SimpleNamespace(report=sp.OverLengthReport()))
+        monkeypatch.setattr("seqpack_jax.feeding.prepared.load_prepared", lambda _, p=prepared: p)
+        best = plan.certificate if tolerance == 1 else saved or weaker
+        assert main(["stats", "DIR"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[-1] == str(best)
+        assert any(f"bound:       {best.lower_bound} (" in line for line in printed)
+        assert main(["stats", "DIR", "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["lower_bound"] == best.lower_bound
+        assert figures["bound_method"] == best.method
+        assert figures["proved_optimal"] is best.proved_optimal
 
 
 def test_options_of_split_belong_to_it(data, capsys):

@@ -8,7 +8,7 @@ import pytest
 import reference
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import algorithms, caps, histograms, packings
+from strategies import caps, heuristics, histograms, packings
 
 from seqpack_jax import pack_length_histogram
 from seqpack_jax.planning.heuristics import next_fit_offsets
@@ -25,7 +25,7 @@ def merged(keys, weights):
     return unique.tolist(), totals.tolist()
 
 
-@given(packing=packings(), algorithm=algorithms, cap=caps)
+@given(packing=packings(), algorithm=heuristics, cap=caps)
 @example(
     packing=([34] * 22 + [113] * 24 + [137] * 14 + [41] * 38 + [27] * 10, 200),
     algorithm="worst_fit_decreasing",
@@ -56,7 +56,7 @@ def test_best_and_first_fit_hold_the_very_same_bins(algorithm, packing):
         assert fills_of(plan) == Counter(map(sum, bins))
 
 
-@given(histogram=histograms(), algorithm=algorithms, cap=caps, tolerance=st.integers(1, 9))
+@given(histogram=histograms(), algorithm=heuristics, cap=caps, tolerance=st.integers(1, 9))
 def test_any_counts_are_packed_whole(histogram, algorithm, cap, tolerance):
     counts, capacity = histogram
     plan = pack_length_histogram(
@@ -70,7 +70,7 @@ def test_any_counts_are_packed_whole(histogram, algorithm, cap, tolerance):
     assert len(plan.to_counter()) == plan.num_templates, "templates are distinct"
 
 
-@given(histogram=histograms(), algorithm=algorithms)
+@given(histogram=histograms(), algorithm=heuristics)
 def test_plans_scale_with_the_counts(histogram, algorithm):
     """The cost does not depend on n: nor does the size of the plan."""
     counts, capacity = histogram

@@ -96,6 +96,74 @@ def test_next_fit_keeps_input_order(packing):
     assert bins.tolist() == reference.next_fit(lengths, capacity)
 
 
+def triplets(seed=0):
+    """300 lengths that fill 100 bins of 300 tokens, and that no greedy packer puts there."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(76, 149, 100)
+    second = rng.integers(76, np.minimum(150, 300 - first - 75))
+    return rng.permutation(np.concatenate([first, second, 300 - first - second]))
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_sequences_in_the_fewest_bins(seed, capfd):
+    lengths = triplets()
+    bins = sp.pack_sequences(lengths, 300, algorithm="optimal", seed=seed)
+    bins.check(lengths)
+    assert len(bins) == 100 < len(sp.pack_sequences(lengths, 300))
+    assert all(lengths[ids].sum() == 300 for ids in bins)
+    assert bins.tolist() == sp.pack_sequences(lengths, 300, algorithm="optimal", seed=seed).tolist()
+    assert capfd.readouterr() == ("", "")
+    capped = sp.pack_sequences(lengths, 300, algorithm="optimal", max_segments=2, seed=seed)
+    capped.check(lengths)
+    assert len(capped) == 150
+    assert max(map(len, capped)) == 2
+    rounded = sp.pack_sequences(lengths, 300, algorithm="optimal", tolerance=5, seed=seed)
+    rounded.check(lengths)
+    assert len(rounded) >= 100
+
+
+@pytest.mark.parametrize("action", ["drop", "truncate", "truncate_left", "crop", "split"])
+def test_the_fewest_bins_under_every_policy(action):
+    lengths = np.append(triplets(), [700, 300, 420])
+    counts, _ = sp.length_histogram_from_lengths(lengths, 300, over_length=action)
+    plan = sp.pack_length_histogram(counts, 300, algorithm="optimal")
+    bins = sp.pack_sequences(lengths, 300, algorithm="optimal", over_length=action)
+    bins.check(lengths)
+    assert len(bins) == plan.num_bins
+    volume = {"drop": 101, "split": 105}.get(action, 103)  # 300, 300 + 100, 300, 300 + 120
+    assert plan.certificate == (volume, volume, "volume", True)
+    assert bins.report.sequences == 2
+    raw = np.bincount(lengths)
+    again = sp.pack_length_histogram(raw, 300, algorithm="optimal", over_length=action)
+    assert again.digest() == plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"budget": 0}, "budget = 0, but it must be above 0"),
+        ({"budget": -2.5}, "budget = -2.5, but it must be above 0"),
+        ({"budget": float("nan")}, "budget = nan, but it must be above 0"),
+        ({"budget": "8"}, "budget = '8' is not a number"),
+        ({"budget": 8, "algorithm": "best_fit_decreasing"}, "budget = 8 with algorithm = 'best_"),
+        ({"budget": 8, "algorithm": "worst_fit_decreasing"}, "budget = 8 with algorithm = 'wor"),
+        ({"algorithm": "optimum"}, "algorithm = 'optimum' is not known"),
+        ({"algorithm": "next_fit"}, "algorithm = 'next_fit' is not known"),
+    ],
+)
+def test_bad_orders_are_refused(options, part):
+    with pytest.raises(sp.SeqpackError, match=f"^pack_length_histogram: {part}"):
+        sp.pack_length_histogram({3: 4}, 8, **{"algorithm": "optimal"} | options)
+
+
+def test_a_budget_and_progress_reach_the_search(capfd):
+    counts = np.bincount(triplets())
+    options = {"algorithm": "optimal", "progress": True}
+    assert sp.pack_length_histogram(counts, 300, budget=1e-9, **options).num_bins > 100
+    assert sp.pack_length_histogram(counts, 300, budget=2, **options).num_bins == 100
+    assert "100 rows, bound 100" in capfd.readouterr().err
+
+
 def test_without_a_seed_equal_lengths_keep_input_order():
     for tolerance in (1, 4):
         lengths = [4] * 30 + [3] * 30
@@ -124,7 +192,7 @@ def test_a_cap_above_the_capacity_changes_nothing():
     assert plan.digest() == sp.pack_length_histogram({1: 20, 2: 5}, 8).digest()
 
 
-@pytest.mark.parametrize("algorithm", ["best_fit_decreasing", "next_fit"])
+@pytest.mark.parametrize("algorithm", ["best_fit_decreasing", "optimal", "next_fit"])
 def test_empty_and_single(algorithm):
     assert sp.pack_sequences([], 8, algorithm=algorithm).tolist() == []
     assert sp.pack_sequences([8], 8, algorithm=algorithm).tolist() == [[0]]
@@ -260,6 +328,7 @@ def test_a_seed_shuffles_items_of_one_class():
         ([[3, 1]], (4, 8), {"tolerance": 2}, "tolerance = 2 with several capacities"),
         ([[3, 1]], (4, 8), {"over_length": "drop"}, "over_length = 'drop' with several"),
         ([[3, 1]], (4, 8), {"algorithm": "next_fit"}, "algorithm = 'next_fit' with several"),
+        ([[3, 1]], (4, 8), {"algorithm": "optimal"}, "algorithm = 'optimal' with several"),
         ([[3, 1]], (4, 8), {"seed": 0.5}, "seed = 0.5 is not an integer"),
         ([[3, 1]], (4, 8), {"max_segments": 0}, "max_segments = 0"),
         ([3, 1], (4, 8), {}, r"lengths has shape \(2,\), and there are 2 capacities"),

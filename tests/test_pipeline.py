@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -11,6 +12,7 @@ import pytest
 from comparing import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_directories import triplets
 from strategies import random_sequences
 
 import seqpack_jax as sp
@@ -165,6 +167,47 @@ def test_lengths_can_be_given_and_are_checked_when_read():
         wrong[0]
     close = sp.pack_dataset(sequences, CAPACITY, lengths=[5, 7], batch_size=1, tolerance=4)
     assert sorted(ids_in([close[0]])) == [0, 1], "6 and 7 are planned alike"
+
+
+def test_an_optimal_plan_feeds_in_fewer_rows(tmp_path):
+    """In one call, and from a prepared directory: the same source."""
+    lengths = triplets(60)
+    sequences = numbered(lengths)
+    options = {"batch_size": 4, "seed": 3, "epochs": 2}
+    greedy = sp.pack_dataset(sequences, 100, **options)
+    source = sp.pack_dataset(sequences, 100, algorithm="optimal", budget=2, **options)
+    assert 60 <= source.plan.num_bins < greedy.plan.num_bins
+    steps = source.steps_per_epoch
+    batches = [source[i] for i in range(len(source))]
+    for epoch in range(2):
+        assert sorted(ids_in(batches[epoch * steps : (epoch + 1) * steps])) == list(range(180))
+    np.save(tmp_path / "lengths.npy", lengths)
+    _, _, plan, pools = sp.prepare(
+        tmp_path / "lengths.npy", tmp_path / "out", 100, algorithm="optimal", budget=2
+    )
+    prepared = sp.PackedSource(plan, pools, sequences, **options)
+    equal([prepared[i] for i in range(len(prepared))], batches)
+    state = iter(dataset(prepared, 0))
+    equal([next(state) for _ in range(steps)], batches[:steps])
+
+
+def test_no_record_is_read_for_a_planner_that_is_missing(monkeypatch):
+    def read(record):
+        raise AssertionError("was read")
+
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    for options, part in [
+        ({"algorithm": "next_fit"}, "worst_fit_decreasing, optimal; pack_sequences has next_fit"),
+        ({"budget": 5}, "budget = 5 with algorithm = 'best_fit_decreasing'"),
+        ({"algorithm": "optimal", "budget": -1}, "budget = -1, but it must be above 0"),
+        ({"algorithm": "optimal"}, "the package highspy.*pip install 'seqpack_jax.optimal.'"),
+    ]:
+        with pytest.raises(sp.SeqpackError, match=f"^pack_dataset: .*{part}"):
+            sp.pack_dataset(numbered([5, 6]), CAPACITY, lengths=read, batch_size=1, **options)
+    both = {"inputs": 8, "targets": 8}
+    for options in ({"algorithm": "optimal"}, {"budget": 5}, {"tolerance": 2}):
+        with pytest.raises(sp.SeqpackError, match=r"several capacities.*for a single"):
+            sp.pack_dataset([], both, lengths=read, batch_size=1, **options)
 
 
 def test_bad_arguments():

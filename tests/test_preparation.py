@@ -5,9 +5,11 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -18,7 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from input_files import refused, write
-from prepared_directories import assert_same, content, prepare_in_shards, write_lengths
+from prepared_directories import (
+    assert_same,
+    content,
+    prepare_in_shards,
+    read_manifest,
+    seal,
+    triplets,
+    write_lengths,
+)
 from strategies import algorithms, caps, over_length_packings
 
 import seqpack_jax as sp
@@ -28,9 +38,12 @@ from seqpack_jax.feeding.manifest import IdCoding, PreparationParameters
 from seqpack_jax.feeding.preparation import merge_shards, prepare
 from seqpack_jax.feeding.prepared import load_prepared
 from seqpack_jax.feeding.shards import prepare_shard
+from seqpack_jax.feeding.storage import entry_of
 from seqpack_jax.feeding.verification import verify_prepared
 from seqpack_jax.feeding.workers import local_map
 from seqpack_jax.planning.over_length import OverLength
+from seqpack_jax.planning.plan import Certificate
+from seqpack_jax.planning.planners import plan_counts
 
 LENGTHS = [7, 5, 5, 5, 5, 5, 3, 3, 3, 9, 1, 1, 8, 2, 10]
 
@@ -76,7 +89,8 @@ def test_a_directory_holds_what_planning_in_memory_makes(
         assert manifest["sequences"] == plan.num_sequences
         assert manifest["tokens"] == plan.num_tokens == counts @ np.arange(len(counts))
         assert manifest["bins"] == plan.num_bins
-        assert manifest["lower_bound"] == plan.certificate.lower_bound
+        proof = manifest["lower_bound"], manifest["bound_method"], manifest["proved_optimal"]
+        assert (plan.num_bins, *proof) == plan.certificate
         assert manifest["report"]["sequences"] == pools.report.sequences
         assert sorted(os.listdir(folder)) == ["in", "out"]
 
@@ -253,6 +267,182 @@ def test_shards_by_hand(tmp_path):
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["mine"]
 
 
+# --- optimal plans --------------------------------------------------------------------------
+
+OPTIMAL = {"algorithm": "optimal", "budget": 2}
+
+
+@pytest.fixture
+def hard(tmp_path):
+    """A file of 300 lengths for which best fit decreasing does not find the 100 rows."""
+    np.save(tmp_path / "hard.npy", triplets(100))
+    return str(tmp_path / "hard.npy")
+
+
+def test_an_optimal_plan_is_saved_with_its_certificate(hard, tmp_path):
+    greedy = prepare(hard, tmp_path / "greedy", 100)
+    prepared = prepare(hard, tmp_path / "out", 100, **OPTIMAL)
+    assert greedy.plan.certificate.lower_bound == 100
+    assert 100 <= prepared.plan.num_bins < greedy.plan.num_bins
+    counts, pools = sp.length_histogram_from_lengths(triplets(100), 100)
+    plan = sp.pack_length_histogram(counts, 100, **OPTIMAL)
+    for found in (prepared, load_prepared(tmp_path / "out"), verify_prepared(tmp_path / "out")):
+        assert_same(found, counts, plan, pools)
+        certificate, manifest = found.plan.certificate, found.manifest
+        assert certificate.bins == manifest["bins"] == plan.num_bins
+        assert certificate.lower_bound == manifest["lower_bound"] == 100
+        assert certificate.method == manifest["bound_method"] == "volume"
+        assert certificate.proved_optimal is manifest["proved_optimal"] is (plan.num_bins == 100)
+
+
+def test_an_optimal_plan_gives_epochs_as_any_other(hard, tmp_path):
+    prepared = prepare(hard, tmp_path / "out", 100, **OPTIMAL)
+    lengths = triplets(100)
+    drawn = []
+    for epoch in range(2):
+        rows = sp.materialize_epoch(prepared.plan, prepared.pools, 3, epoch=epoch)[:].tolist()
+        assert sorted(row for held in rows for row in held) == list(range(300))
+        assert max(lengths[held].sum() for held in rows) <= 100
+        drawn.append(rows)
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.slow
+def test_bytes_of_an_optimal_plan_do_not_depend_on_the_workers(hard, tmp_path):
+    for workers in (1, 2):
+        options = {"length_column": None, "workers": workers, **OPTIMAL}
+        prepare_in_shards(hard, tmp_path / str(workers), 100, 40, **options)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_what_ends_the_search_is_a_parameter_of_the_plan(hard, tmp_path):
+    for options in ({}, {"budget": 2}, {"time_limit": 60}, {"budget": 2.5, "time_limit": 60.5}):
+        output = tmp_path / "-".join(["out", *options])
+        saved = prepare(hard, output, 100, algorithm="optimal", **options).manifest["parameters"]
+        names = ("algorithm", "budget", "time_limit")
+        assert {name: saved[name] for name in names if name in saved} == {
+            "algorithm": "optimal",
+            **options,
+        }
+        found = PreparationParameters.from_dict("test", saved)
+        assert found == PreparationParameters(100, algorithm="optimal", **options).checked("test")
+        assert found.for_shards() == PreparationParameters(100).checked("test").for_shards()
+        assert found.to_dict() == saved
+        for changed in ({"budget": 2.25}, {"time_limit": 61}):
+            with refused("was prepared with other parameters", "overwrite=True"):
+                prepare(hard, output, 100, algorithm="optimal", **options | changed)
+
+
+def test_parameters_are_saved_as_before_there_were_optimal_plans():
+    """So directories of earlier releases have the same parameters, and shards the same keys."""
+    assert list(PreparationParameters(10).to_dict()) == [
+        "max_seq_len",
+        "length_column",
+        "tokens_column",
+        "id_column",
+        "over_length",
+        "extra_tokens",
+        "algorithm",
+        "max_segments",
+        "tolerance",
+    ]
+
+
+def test_progress_and_limits_reach_the_planner(hard, tmp_path):
+    seen = []
+
+    def note(*args):
+        seen.append((args[0], args[3], args[-1]))
+        return plan_counts(*args[:3], "best_fit_decreasing", *args[4:6])
+
+    options = {"algorithm": "optimal", "budget": 3, "time_limit": 4.5}
+    with mock.patch.object(preparation, "plan_counts", note):
+        prepare(hard, tmp_path / "a", 100, **options, progress=False)
+        prepare(hard, tmp_path / "b", 100)
+    assert seen == [
+        ("prepare", "optimal", (3.0, 4.5, False)),
+        ("prepare", "best_fit_decreasing", (None, None, None)),
+    ]
+
+
+def test_a_search_is_not_repeated_where_it_would_end_elsewhere(hard, tmp_path):
+    """A time limit ends it at another plan each time: that of the first call stays."""
+    options = {**OPTIMAL, "time_limit": 60}
+    first = prepare(hard, tmp_path / "out", 100, **options)
+    before = content(tmp_path / "out")
+    inode = (tmp_path / "out").stat().st_ino
+
+    def too_late(caller, counts, max_seq_len, *args):
+        return plan_counts(caller, counts, max_seq_len, "worst_fit_decreasing", None, 1)
+
+    with mock.patch.object(preparation, "plan_counts", too_late):
+        again = prepare(hard, tmp_path / "out", 100, **options)
+        assert again.plan.digest() == first.plan.digest()
+        assert content(tmp_path / "out") == before
+        assert (tmp_path / "out").stat().st_ino == inode
+        replaced = prepare(hard, tmp_path / "out", 100, **options, overwrite=True)
+    assert replaced.plan.num_bins > first.plan.num_bins
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hard.npy", "out"]
+    np.save(hard, triplets(100)[::-1])  # as many rows of the same lengths: other data
+    with refused("out holds another data set", "overwrite=True"):
+        prepare(hard, tmp_path / "out", 100, **options)
+
+
+def as_before(folder):
+    """Make a directory one of an earlier release: it knew of the volume alone."""
+    manifest = read_manifest(folder)
+    plan = load_prepared(folder).plan
+    volume = -(-plan.num_tokens // plan.max_seq_len)
+    proof = Certificate(plan.num_bins, volume, "volume", volume == plan.num_bins)
+    replace(plan, certificate=proof).save(folder / "templates.npz")
+    manifest["files"]["templates.npz"] = entry_of("test", folder / "templates.npz")._asdict()
+    manifest["lower_bound"] = volume
+    del manifest["bound_method"], manifest["proved_optimal"]
+    seal(folder, manifest)
+
+
+def test_a_directory_of_an_earlier_release_is_read_and_stays(tmp_path):
+    np.save(tmp_path / "in.npy", [6, 6, 6, 1])
+    prepared = prepare(tmp_path / "in.npy", tmp_path / "out", 10)
+    assert prepared.manifest["bound_method"] == "Martello-Toth L2"
+    as_before(tmp_path / "out")
+    before = content(tmp_path / "out")
+    for found in (
+        load_prepared(tmp_path / "out"),
+        verify_prepared(tmp_path / "out"),
+        prepare(tmp_path / "in.npy", tmp_path / "out", 10),
+    ):
+        assert found.plan.digest() == prepared.plan.digest()
+        assert found.plan.certificate == Certificate(3, 2, "volume", proved_optimal=False)
+        assert "proved_optimal" not in found.manifest
+    assert content(tmp_path / "out") == before
+
+
+def test_without_highspy(hard, tmp_path, monkeypatch):
+    """No work is done that could not be finished; what is finished can be read."""
+    prepare(hard, tmp_path / "out", 100, **OPTIMAL)
+    before = content(tmp_path / "out")
+    listed = list_shards(hard)
+    parameters = PreparationParameters(100, algorithm="optimal")
+    records = [prepare_shard(shard, parameters, tmp_path / "work") for shard in listed]
+    work = content(tmp_path / "work")
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    words = "the package highspy", "Hint: pip install 'seqpack_jax[optimal]'"
+    with mock.patch.object(preparation, "list_shards", side_effect=AssertionError("was read")):
+        for output in ("out", "new"):
+            with refused(*words):
+                prepare(hard, tmp_path / output, 100, **OPTIMAL)
+    with refused(*words):
+        merge_shards(tmp_path / "work", listed, records, parameters, tmp_path / "new")
+    assert content(tmp_path / "work") == work
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hard.npy", "out", "work"]
+    # Workers need it as little as readers do.
+    assert [prepare_shard(shard, parameters, tmp_path / "work") for shard in listed] == records
+    assert load_prepared(tmp_path / "out").manifest["parameters"]["algorithm"] == "optimal"
+    verify_prepared(tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
 # --- interrupted ----------------------------------------------------------------------------
 
 
@@ -302,7 +492,8 @@ def continue_in(tmp_path, source, capacity=10, **options):
 
 
 def test_finished_shards_are_kept(interrupted, tmp_path):
-    assert continue_in(tmp_path, interrupted, algorithm="worst_fit_decreasing") == [2]
+    assert continue_in(tmp_path, interrupted, **OPTIMAL, time_limit=60) == [2]
+    assert load_prepared(tmp_path / "out").manifest["parameters"]["budget"] == 2
     assert continue_in(tmp_path, interrupted, overwrite=True) == [0, 1, 2]
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
@@ -436,6 +627,7 @@ def test_the_same_again_changes_nothing(there, tmp_path):
     [
         {"capacity": 11},
         {"algorithm": "worst_fit_decreasing"},
+        {"algorithm": "optimal"},
         {"over_length": "drop"},
         {"tolerance": 2},
         {"max_segments": 3},
@@ -685,7 +877,17 @@ def test_over_length_names_the_policies(tmp_path):
     [
         ({"max_seq_len": 0}, "max_seq_len = 0"),
         ({"max_seq_len": 2.5}, "max_seq_len = 2.5"),
-        ({"algorithm": "next_fit"}, "algorithm = 'next_fit'"),
+        (
+            {"algorithm": "next_fit"},
+            "best_fit_decreasing, first_fit_decreasing, worst_fit_decreasing, optimal",
+        ),
+        ({"budget": 5}, "budget = 5 with algorithm = 'best_fit_decreasing'"),
+        ({"time_limit": 5}, "time_limit = 5 with algorithm = 'best_fit_decreasing'"),
+        ({"algorithm": "optimal", "budget": 0}, "budget = 0, but it must be above 0"),
+        ({"algorithm": "optimal", "budget": "5"}, "budget = '5' is not a number"),
+        ({"algorithm": "optimal", "time_limit": -1.5}, "time_limit = -1.5, but it must be"),
+        ({"algorithm": "optimal", "time_limit": float("nan")}, "time_limit = nan"),
+        ({"algorithm": "optimal", "time_limit": float("inf")}, "time_limit = inf"),
         ({"max_segments": 0}, "max_segments = 0"),
         ({"over_length": "ignore"}, "over_length = 'ignore'"),
         ({"over_length": OverLength("split", overlap=10)}, "overlap = 10"),

@@ -84,6 +84,7 @@ def test_it_is_what_prepare_returned(original):
     assert prepared.pools.pieces.first_id == 143
     assert set(prepared.manifest) == {
         "bins",
+        "bound_method",
         "digest",
         "efficiency",
         "files",
@@ -92,6 +93,7 @@ def test_it_is_what_prepare_returned(original):
         "format_version",
         "lower_bound",
         "parameters",
+        "proved_optimal",
         "report",
         "rows",
         "sequences",
@@ -100,6 +102,23 @@ def test_it_is_what_prepare_returned(original):
         "tokens",
         "tolerance_rows",
     }
+
+
+def test_a_manifest_says_all_of_the_proof_or_nothing(folder):
+    """Earlier releases did not write the last two."""
+    manifest = read_manifest(folder)
+    expected = everything(load_prepared(folder))
+    for name, value in (("bound_method", "a guess"), ("proved_optimal", False)):
+        assert manifest[name] != value
+        seal(folder, {**manifest, name: value})
+        with refused(f"manifest.json has {name} = {value!r}, the files have {manifest[name]!r}"):
+            load_prepared(folder)
+        seal(folder, {key: manifest[key] for key in manifest if key != name})
+        with refused(f"manifest.json has {name} = None"):
+            load_prepared(folder)
+    seal(folder, {k: manifest[k] for k in manifest if k not in ("bound_method", "proved_optimal")})
+    assert everything(load_prepared(folder)) == expected
+    assert everything(verify_prepared(folder)) == expected
 
 
 def test_it_is_pickled_by_path(original):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from seqpack_jax.errors import MAX_LENGTH, SeqpackError, check_choice, check_int
 from seqpack_jax.feeding.inputs import Columns
 from seqpack_jax.feeding.storage import AGAIN, INT64, UINT32, FileEntry
 from seqpack_jax.planning.over_length import OverLength, OverLengthReport, as_policy
-from seqpack_jax.planning.packers import ALGORITHMS
 from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.planners import ALGORITHMS, Effort, check_effort
 
 __all__ = ["PreparationParameters"]
 
@@ -44,6 +45,8 @@ class PreparationParameters(NamedTuple):
         algorithm: as in `pack_length_histogram`.
         max_segments: as in `pack_length_histogram`.
         tolerance: as in `pack_length_histogram`.
+        budget: as in `pack_length_histogram`.
+        time_limit: as in `prepare`.
 
     Example:
         >>> from seqpack_jax.feeding.inputs import Columns
@@ -59,6 +62,8 @@ class PreparationParameters(NamedTuple):
     algorithm: str = "best_fit_decreasing"
     max_segments: int | None = None
     tolerance: int = 1
+    budget: float | None = None
+    time_limit: float | None = None
 
     def checked(self, caller: str) -> PreparationParameters:
         """Return the same as plain ints and strings; raise `SeqpackError` for what is no such."""
@@ -66,21 +71,38 @@ class PreparationParameters(NamedTuple):
         policy = as_policy(caller, self.over_length)
         policy.check(caller, max_seq_len)
         extra = check_int(caller, "extra_tokens", self.extra_tokens, 0, MAX_LENGTH - 1)
-        check_choice(caller, "algorithm", self.algorithm, tuple(ALGORITHMS))
+        check_choice(caller, "algorithm", self.algorithm, ALGORITHMS)
         segments = self.max_segments
         if segments is not None:
             segments = check_int(caller, "max_segments", segments, 1)
         tolerance = check_int(caller, "tolerance", self.tolerance, 1)
+        effort = check_effort(caller, self.algorithm, Effort(self.budget, self.time_limit))
+        for name in ("budget", "time_limit"):
+            if getattr(effort, name) == math.inf:  # which JSON does not hold
+                fail(caller, f"{name} = inf, but it must be finite", "pass a larger number")
         for name, column in self.columns._asdict().items():
             if not (column is None or isinstance(column, str)):
                 fail(caller, f"{name}_column = {column!r} is no name", "pass a string")
         return PreparationParameters(
-            max_seq_len, self.columns, policy, extra, self.algorithm, segments, tolerance
+            max_seq_len,
+            self.columns,
+            policy,
+            extra,
+            self.algorithm,
+            segments,
+            tolerance,
+            effort.budget,
+            effort.time_limit,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the parameters as JSON holds them, under the names that `prepare` has for them."""
+        """Return the parameters as JSON holds them, under the names that `prepare` has for them.
+
+        Without what only `"optimal"` takes where it is not given: directories of releases that did
+        not have it keep their digests.
+        """
         policy = self.over_length
+        effort = {"budget": self.budget, "time_limit": self.time_limit}
         return {
             "max_seq_len": self.max_seq_len,
             **{f"{name}_column": column for name, column in self.columns._asdict().items()},
@@ -94,6 +116,7 @@ class PreparationParameters(NamedTuple):
             "algorithm": self.algorithm,
             "max_segments": self.max_segments,
             "tolerance": self.tolerance,
+            **{name: value for name, value in effort.items() if value is not None},
         }
 
     @classmethod
@@ -106,7 +129,7 @@ class PreparationParameters(NamedTuple):
 
     def for_shards(self) -> dict[str, Any]:
         """Return those that the files of a shard depend on; the others only change the plan."""
-        plan = ("algorithm", "max_segments", "tolerance")
+        plan = ("algorithm", "max_segments", "tolerance", "budget", "time_limit")
         return {name: value for name, value in self.to_dict().items() if name not in plan}
 
 
@@ -255,6 +278,8 @@ def make_manifest(
         "bins": plan.num_bins,
         "efficiency": plan.efficiency,
         "lower_bound": certificate.lower_bound if certificate else 0,
+        "bound_method": certificate.method if certificate else "",
+        "proved_optimal": certificate is not None and certificate.proved_optimal,
         "tolerance_rows": plan.tolerance_rows,
         "report": report_dict(total_report(parameters, shards)),
         "shards": [shard.to_dict() for shard in shards],

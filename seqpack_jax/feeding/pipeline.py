@@ -14,6 +14,7 @@ from seqpack_jax.errors import MAX_LENGTH, OVER_LENGTH_HINT, check_int, fail
 from seqpack_jax.feeding.features import Features, make_features
 from seqpack_jax.feeding.packed_source import PackedSource
 from seqpack_jax.feeding.reading import make_ends, read_records
+from seqpack_jax.planning.column_generation import import_highspy
 from seqpack_jax.planning.histogram import Int64, SequencePools, group_ids
 from seqpack_jax.planning.over_length import (
     OverLength,
@@ -21,8 +22,9 @@ from seqpack_jax.planning.over_length import (
     apply_to_lengths,
     as_policy,
 )
-from seqpack_jax.planning.packers import ALGORITHMS, pack_length_histogram
+from seqpack_jax.planning.packers import pack_length_histogram
 from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.planners import ALGORITHMS, Effort, check_effort
 from seqpack_jax.planning.vectors import VectorPlan, pack_vectors
 
 __all__ = ["PackedSource", "pack_dataset"]
@@ -39,6 +41,7 @@ def pack_dataset(
     algorithm: str = "best_fit_decreasing",
     max_segments: int | None = None,
     tolerance: int = 1,
+    budget: float | None = None,
     over_length: str | OverLength = "error",
     feature: str = "tokens",
     **options: Any,
@@ -60,6 +63,7 @@ def pack_dataset(
         algorithm: see `pack_length_histogram`; `pack_vectors` plans several capacities.
         max_segments: the most sequences in a row, None for no cap.
         tolerance: see `pack_length_histogram`.
+        budget: see `pack_length_histogram`.
         over_length: what becomes of sequences over `max_seq_len`: an `OverLength`, or the name of
             its action: `"error"`, `"drop"`, `"truncate"`, `"truncate_left"`, `"crop"` (a random
             window per epoch) or `"split"`; the last two for a single capacity.
@@ -99,6 +103,8 @@ def pack_dataset(
         features
     )
     threads = check_int(caller, "read_threads", options.get("read_threads", 4), 1)
+    tolerance = check_int(caller, "tolerance", tolerance, 1)
+    _check_planner(caller, features, algorithm, tolerance, budget)
     # Of what comes once per sequence, the width is known when there is a plan.
     once: Any = {"max_segments": 1, "meta_features": tuple(options.get("meta_features", ()))}
     plan, pools, empty = _plan(
@@ -109,6 +115,7 @@ def pack_dataset(
         policy=as_policy(caller, over_length),
         algorithm=algorithm,
         tolerance=tolerance,
+        budget=budget,
     )
     source = PackedSource(
         plan,
@@ -121,6 +128,23 @@ def pack_dataset(
     )
     source.empty_records = empty
     return source
+
+
+def _check_planner(
+    caller: str, features: Features, algorithm: str, tolerance: int, budget: float | None
+) -> None:
+    """Raise before any record is read if there is no such planner."""
+    if algorithm not in ALGORITHMS:
+        problem = f"algorithm = {algorithm!r} is not a planner"
+        hint = f"choose one of {', '.join(ALGORITHMS)}; pack_sequences has next_fit"
+        fail(caller, problem, hint)
+    if not features.single and (algorithm, tolerance, budget) != ("best_fit_decreasing", 1, None):
+        more = "" if budget is None else f", budget = {budget!r}"
+        problem = f"several capacities, with algorithm = {algorithm!r}, tolerance = {tolerance}"
+        fail(caller, problem + more, "leave them out: they are for a single capacity")
+    check_effort(caller, algorithm, Effort(budget))
+    if algorithm == "optimal":
+        import_highspy(caller)
 
 
 class _Planned(NamedTuple):
@@ -213,6 +237,7 @@ def _plan(
     policy: OverLength,
     algorithm: str,
     tolerance: int,
+    budget: float | None,
 ) -> _Planned:
     """Plan records of these lengths, less those that are empty.
 
@@ -226,21 +251,14 @@ def _plan(
         policy: what becomes of those over a capacity.
         algorithm: of `pack_length_histogram`, for a single capacity.
         tolerance: see `pack_length_histogram`.
+        budget: see `pack_length_histogram`.
     """
-    if algorithm not in ALGORITHMS:
-        problem = f"algorithm = {algorithm!r} is not a planner"
-        hint = f"choose one of {', '.join(ALGORITHMS)}; pack_sequences has next_fit"
-        fail(caller, problem, hint)
-    tolerance = check_int(caller, "tolerance", tolerance, 1)
     for (name, limit), more in zip(features.capacities.items(), extra, strict=True):
         if more >= limit:
             problem = f"max_seq_len = {limit} of {name!r} leaves no room beside {more} tokens"
             fail(caller, f"{problem} of bos_id and eos_id", "raise max_seq_len")
     empty: NDArray[np.bool_] = np.logical_not(lengths.any(axis=1))
     if not features.single:
-        if tolerance != 1 or algorithm != "best_fit_decreasing":
-            problem = f"several capacities, with algorithm = {algorithm!r}, tolerance = {tolerance}"
-            fail(caller, problem, "leave both out: they are for a single capacity")
         return _plan_vectors(caller, lengths + np.array(extra), empty, features, policy)
     (max_seq_len,) = features.capacities.values()
     only = lengths[:, 0]
@@ -259,6 +277,7 @@ def _plan(
         algorithm=algorithm,
         max_segments=features.max_segments,
         tolerance=tolerance,
+        budget=budget,
     )
     return _Planned(plan, pools, int(np.count_nonzero(empty)))
 

@@ -11,11 +11,11 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -47,8 +47,9 @@ from seqpack_jax.feeding.storage import (
     writing,
 )
 from seqpack_jax.feeding.workers import file_lock, local_map, local_path, making
+from seqpack_jax.planning.column_generation import import_highspy
 from seqpack_jax.planning.over_length import OverLength
-from seqpack_jax.planning.packers import pack_length_histogram
+from seqpack_jax.planning.planners import Effort, plan_counts
 
 __all__ = ["merge_shards", "prepare"]
 
@@ -72,6 +73,8 @@ def prepare(
     max_segments: int | None = None,
     over_length: str | OverLength = "error",
     tolerance: int = 1,
+    budget: float | None = None,
+    time_limit: float | None = None,
     extra_tokens: int = 0,
     workers: int = 1,
     map_shards: MapShards | None = None,
@@ -81,10 +84,12 @@ def prepare(
     """Plan a data set that lies in files, of any size, and write plan and pools to a directory.
 
     The same input and parameters give the same bytes, whatever the workers, the engine, the order
-    of the files in their directory, and how often the run was interrupted.  `output` appears at
-    once when all is done; until then work goes on in the hidden directory beside it,
-    `.NAME.partial`.  A run that was killed is continued by the same call: finished shards are kept
-    as long as their input and the parameters are the same, and so are the lengths of FASTA files.
+    of the files in their directory, and how often the run was interrupted; but `"optimal"` plans
+    differently with another version of highspy, with a `time_limit`, or when Ctrl-C ends its
+    search.  `output` appears at once when all is done; until then work goes on in the hidden
+    directory beside it, `.NAME.partial`.  A run that was killed is continued by the same call:
+    finished shards are kept as long as their input and the parameters are the same, and so are the
+    lengths of FASTA files.
 
     Time: O(rows): with two workers, about twice that of reading the column.  Memory: under 1 GB per
     worker, and 10 bytes per piece in a shard where sequences are split into over 50 million.
@@ -105,6 +110,12 @@ def prepare(
         over_length: the policy for sequences over `max_seq_len`, the name of an action or an
             `OverLength`.
         tolerance: as in `pack_length_histogram`.
+        budget: as in `pack_length_histogram`.
+        time_limit: seconds of wall clock, after which `"optimal"` ends with the best plan so far,
+            if the budget has not ended it before; with a tolerance, of each of two plans.  What is
+            found by then depends on the machine, and hosts that plan for themselves would not plan
+            the same.  So only preparation has it, which makes the plan once and saves it; the same
+            call on a finished directory leaves it as it is.
         extra_tokens: added to every length first, say 2 for BOS and EOS.
         workers: processes on this machine.  Scripts that use more than one start them under
             `if __name__ == "__main__":`.
@@ -118,9 +129,9 @@ def prepare(
         What `load_prepared(output)` returns.
 
     Raises:
-        SeqpackError: an argument is out of range, a file is damaged, a length or an id cannot be
-            used (the message names its row and file), another run prepares the same `output`,
-            `output` holds something else, lies in the input or cannot be written.
+        SeqpackError: an argument is out of range, highspy is missing, a file is damaged, a length
+            or an id cannot be used (the message names its row and file), another run prepares the
+            same `output`, `output` holds something else, lies in the input or cannot be written.
 
     Example:
         >>> import tempfile
@@ -140,7 +151,10 @@ def prepare(
         algorithm,
         max_segments,
         tolerance,
+        budget,
+        time_limit,
     ).checked(_CALLER)
+    _check_planner(parameters)
     workers = check_int(_CALLER, "workers", workers, 1)
     target = _output_path(output)
     if (searched := searched_by(_CALLER, source, os.fspath(target))) is not None:
@@ -161,7 +175,8 @@ def prepare(
             for record in (map_shards or local_map(workers))(task, shards):
                 records.append(record)
                 advance(record.entry.rows)
-        merge_shards(work.root, shards, records, parameters, target, overwrite=overwrite)
+        options: Any = {"overwrite": overwrite, "progress": progress}
+        merge_shards(work.root, shards, records, parameters, target, **options)
     prepared = load_prepared(target)
     plan = prepared.plan
     _LOG.info("wrote %s: %s rows, %.2f%% full", target, f"{plan.num_bins:,}", 100 * plan.efficiency)
@@ -176,10 +191,11 @@ def merge_shards(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> None:
     """Plan for all shards together, and turn the work directory into a prepared one.
 
-    Time: O(shards * max_len), and that of `pack_length_histogram`.
+    Time: O(shards * max_len), and that of `pack_length_histogram`, or less with a `time_limit`.
 
     Args:
         directory: where `prepare_shard` worked, on the file system of `output`; what is left of it
@@ -189,10 +205,12 @@ def merge_shards(
         parameters: the same as there.
         output: the prepared directory; it appears at once, whole.
         overwrite: whether a prepared directory of other data may be replaced.
+        progress: whether `"optimal"` shows progress on stderr; None to do so on a terminal.
 
     Raises:
         SeqpackError: the record of a shard is missing, is there twice, or was made from other input
-            or with other parameters; `output` holds something else; or there is no room.
+            or with other parameters; `output` holds something else; highspy is missing; or there is
+            no room.
 
     Example:
         >>> import tempfile
@@ -206,6 +224,7 @@ def merge_shards(
         2
     """
     parameters = parameters.checked(_CALLER)
+    _check_planner(parameters)
     work, target = WorkDirectory(Path(directory)), _output_path(output)
     _check_output(target, parameters, None, overwrite)
     records = sorted(records, key=lambda record: record.number)
@@ -219,12 +238,14 @@ def merge_shards(
             counts = np.diff(map_int64(_CALLER, work.data / name, entry))
             total = np.pad(total, (0, max(0, len(counts) - len(total))))
             total[: len(counts)] += counts
-    plan = pack_length_histogram(
+    plan = plan_counts(
+        _CALLER,
         total,
         parameters.max_seq_len,
-        algorithm=parameters.algorithm,
-        max_segments=parameters.max_segments,
-        tolerance=parameters.tolerance,
+        parameters.algorithm,
+        parameters.max_segments,
+        parameters.tolerance,
+        Effort(parameters.budget, parameters.time_limit, progress),
     )
     with writing(_CALLER, work.data):
         files[COUNTS] = write_array(work.data / COUNTS, total, INT64)
@@ -235,7 +256,13 @@ def merge_shards(
             if not path.is_dir() and path.relative_to(work.data).as_posix() not in files:
                 path.unlink()
         write_bytes(work.data / MANIFEST, canonical(manifest).encode())
-    _publish(work, target, manifest["digest"], overwrite)
+    _publish(work, target, manifest, overwrite)
+
+
+def _check_planner(parameters: PreparationParameters) -> None:
+    """Raise before any work is done if the planner is missing."""
+    if parameters.algorithm == "optimal":  # workers and readers check parameters, but do not plan
+        import_highspy(_CALLER)
 
 
 def _check_records(
@@ -353,8 +380,14 @@ def _refuse(target: Path, problem: str) -> NoReturn:
     fail(_CALLER, f"{target} {problem}", "choose another output, or pass overwrite=True")
 
 
-def _publish(work: WorkDirectory, target: Path, digest: str, overwrite: bool) -> None:
-    """Rename the finished data to `target`, and remove what is left of the work."""
+def _publish(
+    work: WorkDirectory, target: Path, manifest: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Rename the finished data to `target`, and remove what is left of the work.
+
+    What is there stays if it is of the same data.  Its plan may be another: that of a time limit,
+    or of an earlier release.
+    """
     there = _check_ours(target)  # again: files may have come
     if not there or overwrite:
         replaced = work.root / "replaced"
@@ -369,9 +402,15 @@ def _publish(work: WorkDirectory, target: Path, digest: str, overwrite: bool) ->
                     replaced.rename(target)
             problem = f"{work.data} cannot be renamed to {target} ({error.strerror})"
             fail(_CALLER, problem, "work on the file system of the output")
-    elif _load_output(target).manifest.get("digest") != digest:
+    elif _data_of(_load_output(target).manifest) != _data_of(manifest):
         _refuse(target, "holds another data set")
     _remove(work)
+
+
+def _data_of(manifest: Mapping[str, Any]) -> list[Any]:
+    """Return what a manifest says of the data, and not of the plan."""
+    files = {name: entry for name, entry in manifest["files"].items() if name != TEMPLATES}
+    return [manifest["parameters"], manifest["shards"], files]
 
 
 def _remove(work: WorkDirectory) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +13,8 @@ from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import MAX_LENGTH, check_choice, check_int, check_lengths, fail
 from seqpack_jax.permutation import permute, seed_from_components
 from seqpack_jax.planning.bins import Bins
-from seqpack_jax.planning.bounds import volume_bound
-from seqpack_jax.planning.counts import Int64, as_counts, coarsen_counts, coarsen_lengths
-from seqpack_jax.planning.heuristics import (
-    Templates,
-    best_fit_decreasing,
-    first_fit_decreasing,
-    next_fit_offsets,
-    worst_fit_decreasing,
-)
+from seqpack_jax.planning.counts import Int64, as_counts, coarsen_lengths
+from seqpack_jax.planning.heuristics import next_fit_offsets
 from seqpack_jax.planning.histogram import group_ids
 from seqpack_jax.planning.over_length import (
     REFUSE,
@@ -31,12 +24,12 @@ from seqpack_jax.planning.over_length import (
     apply_to_lengths,
     as_policy,
 )
-from seqpack_jax.planning.plan import Certificate, PackingPlan
+from seqpack_jax.planning.plan import PackingPlan
+from seqpack_jax.planning.planners import ALGORITHMS, Effort, check_effort, plan_counts
 from seqpack_jax.planning.vector_fit import check_cap, check_vectors
 from seqpack_jax.planning.vectors import VectorBins, VectorPlan, plan_vectors
 
 __all__ = [
-    "ALGORITHMS",
     "greedy_pack_sequences",
     "heap_pack_sequences",
     "pack_length_histogram",
@@ -44,12 +37,6 @@ __all__ = [
     "pack_sequences",
     "sort_indices_by_length",
 ]
-
-ALGORITHMS: dict[str, Callable[[Int64, int, int | None], Templates]] = {
-    "best_fit_decreasing": best_fit_decreasing,
-    "first_fit_decreasing": first_fit_decreasing,
-    "worst_fit_decreasing": worst_fit_decreasing,
-}
 
 
 def pack_length_histogram(
@@ -60,6 +47,8 @@ def pack_length_histogram(
     max_segments: int | None = None,
     tolerance: int = 1,
     over_length: str | OverLength = "error",
+    budget: float | None = None,
+    progress: bool | None = None,
 ) -> PackingPlan:
     """Plan which lengths share a bin, from how many sequences have each length.
 
@@ -71,18 +60,24 @@ def pack_length_histogram(
     Args:
         counts: int `[max_len + 1]`, how many sequences have each length, or `{length: count}`.
         max_seq_len: capacity of a bin in tokens.
-        algorithm: `"best_fit_decreasing"` (the fewest bins, and the fastest),
-            `"first_fit_decreasing"` (as dense), or `"worst_fit_decreasing"` (even fills).
+        algorithm: `"best_fit_decreasing"` (dense, and the fastest), `"first_fit_decreasing"` (as
+            dense), `"worst_fit_decreasing"` (even fills), or `"optimal"` (the fewest bins, or
+            nearly, with a proof; in seconds; needs the extra `optimal`).
         max_segments: the most sequences that a bin may hold, None for no cap.
         tolerance: plan each length as the next multiple of this many tokens, so that sequences of
             nearly equal length mix between epochs; 1 mixes equal lengths only.  What it costs is
             `plan.tolerance_rows`, for which the histogram is planned a second time.
         over_length: what to do with lengths over `max_seq_len`: the name of an action or an
             `OverLength`, as in `length_histogram_from_lengths`, whose counts need none here.
+        budget: how much work `"optimal"` may take to find and prove a better plan, in units of
+            about a second; None for 8, and up to 48 if `max_seq_len` is above 2048.  It is
+            counted, not timed, so that every host ends at the same plan.
+        progress: whether `"optimal"` shows progress on stderr; None to do so on a terminal.
 
     Returns:
-        A `PackingPlan`.  The same arguments give the same plan on any machine.  The lower bound of
-        its certificate is that of the lengths as they are without a tolerance.
+        A `PackingPlan`.  The same arguments give the same plan on any machine, that of `"optimal"`
+        with the same version of highspy.  The lower bound of its certificate is that of the lengths
+        as they are without a tolerance.  `"optimal"` returns the best plan so far on Ctrl-C.
 
     Raises:
         SeqpackError: a length is over `max_seq_len` without a policy, a count is negative, or an
@@ -96,36 +91,14 @@ def pack_length_histogram(
         250,000,000 rows; lower bound 250,000,000 (volume): optimal
     """
     caller = "pack_length_histogram"
-    check_choice(caller, "algorithm", algorithm, tuple(ALGORITHMS))
+    check_choice(caller, "algorithm", algorithm, ALGORITHMS)
     max_seq_len, max_segments = _check_limits(caller, max_seq_len, max_segments)
     tolerance = check_int(caller, "tolerance", tolerance, 1)
     policy = as_policy(caller, over_length)
     array = as_counts(caller, counts, max_seq_len if policy == REFUSE else None)
     array = apply_to_counts(caller, policy, array, max_seq_len)[0]
-    return _plan(caller, array, max_seq_len, algorithm, max_segments, tolerance)
-
-
-def _plan(
-    caller: str,
-    counts: Int64,
-    max_seq_len: int,
-    algorithm: str,
-    max_segments: int | None,
-    tolerance: int,
-) -> PackingPlan:
-    """Plan counts of what the over-length policy made of all sequences."""
-    array = as_counts(caller, counts, max_seq_len)
-    planned = coarsen_counts(array, tolerance, max_seq_len)
-    templates = ALGORITHMS[algorithm](planned, max_seq_len, max_segments)
-    bins = int(templates.multiplicity.sum())
-    more = 0
-    if tolerance > 1:
-        finest = ALGORITHMS[algorithm](array, max_seq_len, max_segments)
-        more = bins - int(finest.multiplicity.sum())
-    bound = volume_bound(array, max_seq_len, max_segments=max_segments)
-    tokens = int(array @ np.arange(len(array)))
-    certificate = Certificate(bins, bound, "volume", bins == bound)
-    return PackingPlan(max_seq_len, *templates, tokens, tolerance, certificate, more)
+    effort = check_effort(caller, algorithm, Effort(budget, progress=progress))
+    return plan_counts(caller, array, max_seq_len, algorithm, max_segments, tolerance, effort)
 
 
 # The seed library has two functions whose results differ; here both names mean the exact one.
@@ -229,7 +202,7 @@ def _pack(
         bins = Bins(ids, next_fit_offsets(own[ids], max_seq_len, max_segments), max_seq_len)
     else:
         counts, ids = group_ids(own)
-        plan = _plan(caller, counts, max_seq_len, algorithm, max_segments, tolerance)
+        plan = plan_counts(caller, counts, max_seq_len, algorithm, max_segments, tolerance)
         if tolerance > 1:  # keep input order inside a bucket, as inside a length
             counts, ids = group_ids(coarsen_lengths(own, tolerance, max_seq_len))
         ids = ids if seed is None else _shuffled(counts, ids, seed)
