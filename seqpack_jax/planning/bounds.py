@@ -45,8 +45,8 @@ class Bound(NamedTuple):
 
     Attributes:
         value: no packing has fewer bins than this.
-        method: `"volume"`, `"max_segments"`, `"Martello-Toth L2"`, `"dual feasible function"` or, of
-            the algorithm `"optimal"`, `"column generation"`.
+        method: `"volume"`, `"max_segments"`, `"Martello-Toth L2"`, `"dual feasible function"` or,
+            of the algorithm `"optimal"`, `"column generation"`.
 
     Example:
         >>> lower_bound({6: 3}, max_seq_len=10).method

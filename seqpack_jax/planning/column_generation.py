@@ -126,7 +126,7 @@ class Master:
         rows = len(problem.lengths)
         self._index = np.zeros(int(problem.lengths[-1]) + 1, np.int32)
         self._index[problem.lengths] = np.arange(rows)
-        # Numbers stay below 2**20, where the tolerances of the solver are above the steps of floats.
+        # Below 2**20, the tolerances of the solver are above the steps of floats.
         self._scale = _scale_of(problem.demand)
         self._highspy = import_highspy("Master")
         self._solver = quiet_solver(self._highspy)
