@@ -215,7 +215,7 @@ _PREPARE: Arguments = {
     "--budget": {
         "type": _positive_number,
         "metavar": "UNITS",
-        "help": "of optimal: work until it ends, in units of about a second (default: 8, up to 48 for rows of over 2048 tokens)",
+        "help": "of optimal: units of work of about a second each (default: 8, up to 48)",
     },
     "--time-limit": {
         "type": _positive_number,
