@@ -10,8 +10,6 @@ References:
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from seqpack_jax.planning.column_generation import (
@@ -21,6 +19,7 @@ from seqpack_jax.planning.column_generation import (
     Template,
     Work,
     generate,
+    rounded_up,
     worth,
 )
 from seqpack_jax.planning.counts import Int64
@@ -47,7 +46,7 @@ def pack_into(problem: Problem, target: int, work: Work) -> Bins | None:
     master = Master(problem)
     master.add(first)
     relaxed = generate(master, work, target=None)
-    if math.ceil(relaxed.bins - 1e-6) > target or work.over:
+    if rounded_up(relaxed.bins) > target or work.over:
         return None
     templates = _of_use(problem, relaxed.prices, target, work)
     if templates is None or len(templates) * len(problem.lengths) > _SIZE:

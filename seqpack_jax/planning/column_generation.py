@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from seqpack_jax.arrays import offsets_of
 from seqpack_jax.errors import fail
 from seqpack_jax.planning.counts import Int64
 from seqpack_jax.planning.knapsack import Contents, best_contents, patterns_of
@@ -43,6 +44,7 @@ __all__ = [
     "generate",
     "import_highspy",
     "proved_bound",
+    "rounded_up",
 ]
 
 Template = tuple[int, ...]  # lengths, falling
@@ -51,7 +53,7 @@ Float64 = NDArray[np.float64]
 _MORE = 1e-9  # templates worth more than 1 + this are added
 _COLUMNS = 500  # added in one round at most
 _SHARE = 0.25  # of the room between volume and target that a relaxed solution may take up
-_WHOLE = 1e-6  # a number this little above an integer counts as that
+WHOLE = 1e-6  # a number this little above, or below, an integer counts as that
 
 
 class Problem(NamedTuple):
@@ -156,14 +158,14 @@ class Master:
         self._known.update(new)
         self.templates += new
         if new:
-            sizes = np.array([len(each) for each in new])
+            begins = offsets_of([len(each) for each in new])[:-1]
             flat = self._index[np.array([length for each in new for length in each])]
             # Equal lengths stand side by side: one entry each, with their number.
             first = np.diff(flat, prepend=-1) != 0
-            first[np.cumsum(sizes) - sizes] = True
+            first[begins] = True
             at = np.flatnonzero(first)
             values = np.diff(at, append=len(flat)).astype(float)
-            starts = (np.cumsum(first) - 1)[np.cumsum(sizes) - sizes].astype(np.int32)
+            starts = (np.cumsum(first) - 1)[begins].astype(np.int32)
             self._add(np.ones(len(new)), starts, flat[at], values)
         return len(new)
 
@@ -222,6 +224,11 @@ class Master:
         return info.objective_function_value / self._scale, prices, np.maximum(amounts, 0.0)
 
 
+def rounded_up(bins: float) -> int:
+    """Return the whole number of bins that so many of a relaxed solution mean."""
+    return math.ceil(bins - WHOLE)
+
+
 def _scale_of(demand: Int64) -> float:
     return float(0.5 ** max(0, int(demand.max()).bit_length() - 20))
 
@@ -271,9 +278,7 @@ def generate(
             bound, best_prices = float(prices @ problem.demand) / most, prices
         if told is not None:
             told()
-        settled = target is not None and (
-            math.ceil(bound - _WHOLE) >= math.ceil(bins - _WHOLE) > target
-        )
+        settled = target is not None and (rounded_up(bound) >= rounded_up(bins) > target)
         done += 1
         if bins <= enough or most <= 1 + _MORE or settled or work.over or done == rounds:
             break

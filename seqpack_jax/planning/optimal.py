@@ -9,7 +9,6 @@ a thousand of the same lengths.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from seqpack_jax.planning.column_generation import (
     generate,
     import_highspy,
     proved_bound,
+    rounded_up,
 )
 from seqpack_jax.planning.counts import Int64
 from seqpack_jax.planning.heuristics import Templates
@@ -100,7 +100,9 @@ def optimal_templates(
     lengths = np.flatnonzero(counts)
     if not len(lengths):
         nothing = np.zeros(0, np.int64)
-        return Proven(Templates(nothing.astype(np.int32), np.zeros(1, np.int64), nothing), _NONE)
+        return Proven(
+            Templates(nothing.astype(np.int32), np.zeros(1, np.int64), nothing), Bound(0, "volume")
+        )
     if budget is None:
         budget = _BUDGET * min(max(1.0, max_seq_len / 2048), _LONGEST)
     if max_segments is not None and max_segments >= max_seq_len // int(lengths[0]):
@@ -118,9 +120,6 @@ def optimal_templates(
             bins, bound = f"{num_bins(search.bins):,}", f"{search.bound.value:,}"
             _LOG.warning("interrupted: the best plan so far has %s rows, bound %s", bins, bound)
     return Proven(realize(problem, search.bins), search.bound)
-
-
-_NONE = Bound(0, "volume")
 
 
 class _Search:
@@ -161,7 +160,7 @@ class _Search:
                 return
 
     def _prove(self, relaxed: Relaxation) -> None:
-        if math.ceil(relaxed.bound - 1e-6) > self.bound.value:
+        if rounded_up(relaxed.bound) > self.bound.value:
             value = proved_bound(self.problem, relaxed.best_prices, self.work)
             if value > self.bound.value:
                 self.bound = Bound(value, "column generation")

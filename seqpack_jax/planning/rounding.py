@@ -22,6 +22,7 @@ import numpy as np
 
 from seqpack_jax.arrays import offsets_of
 from seqpack_jax.planning.column_generation import (
+    WHOLE,
     Float64,
     Master,
     Problem,
@@ -130,7 +131,7 @@ def dive(
     left = problem.demand
     amounts = relaxed.amounts
     while True:
-        whole = np.floor(amounts + 1e-6).astype(np.int64)
+        whole = np.floor(amounts + WHOLE).astype(np.int64)
         chosen = np.flatnonzero(whole)
         if len(chosen):
             new = {master.templates[i]: int(whole[i]) for i in chosen.tolist()}
@@ -156,7 +157,7 @@ def _largest(
 ) -> Bins:
     """Return one bin of each template with a large amount, of those that still fit together."""
     order = np.argsort(-amounts, kind="stable")
-    order = order[amounts[order] > 1e-6]
+    order = order[amounts[order] > WHOLE]
     large = min(int(np.count_nonzero(amounts[order] > 0.8)), len(order) // 3)
     new: Bins = {}
     for i in order[: max(1, int(len(order) * share), large)].tolist():
