@@ -84,7 +84,10 @@ def counted(problem, **options):
     """What `generate` finds, and in how many rounds."""
     rounds = []
     relaxed = generate(
-        started(problem), Work(1e6), told=lambda: rounds.append(None), **{"target": None, **options}
+        started(problem),
+        Work(1e6),
+        told=lambda *_: rounds.append(None),
+        **{"target": None, **options},
     )
     return relaxed, len(rounds)
 
@@ -336,7 +339,41 @@ def test_whole_numbers_are_found_exactly_when_there_are_some(packing, cap):
     assert other.solve_whole(fewest - 1, 1000, Work(1.0)) is None
 
 
+def test_whole_numbers_of_scaled_demand_are_not_looked_for():
+    problem = Problem(np.array([4]), np.array([2**30 + 1]), 8, None)
+    master = Master(problem)
+    master.add([(4, 4)])
+    assert master.solve_whole(2**29 + 1, 1000, Work(1.0)) is None
+
+
 # When it stops
+
+
+def test_it_stops_when_its_share_of_the_work_is_done():
+    problem = uniform(*HARD)
+    whole, half = Work(0.1), Work(0.1)
+    finished = generate(started(problem), whole, target=None)
+    earlier = generate(started(problem), half, target=None, share=whole.done / 2)
+    assert whole.done / 2 <= half.done < whole.done < 1
+    assert finished.bins < earlier.bins
+
+
+def test_each_better_bound_is_told_with_its_prices():
+    problem = uniform(*HARD)
+    told = []
+    relaxed = generate(
+        started(problem), Work(1.0), target=None, told=lambda *pair: told.append(pair)
+    )
+    bounds = [bound for bound, _ in told]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] == relaxed.bound
+    assert told[-1][1] is relaxed.best_prices
+
+
+def test_a_solver_that_has_no_time_left_says_so():
+    problem = uniform(*HARD)
+    with pytest.raises(UnsolvedError, match="HiGHS says 'Time limit reached'"):
+        started(problem).solve(Work(1.0, time_limit=0.0))
 
 
 def test_it_stops_after_so_many_rounds():
@@ -433,13 +470,18 @@ def test_work_is_over_when_its_time_is(monkeypatch):
     work = Work(1.0, time_limit=5.0)
     assert not work.over
     assert work.seconds() == 5.0
+    assert work.done == 0.0
     now = 104.0
     assert not work.over
     assert work.seconds() == 1.0
+    assert work.done == 0.8
+    work.spend(0.9)
+    assert work.done == pytest.approx(0.9)
     now = 105.5
     assert work.over
     assert work.seconds() == 0.0
-    assert work.done == 0.0
+    assert work.done == 1.0
+    assert Work(1.0, time_limit=0.0).done == 1.0
 
 
 def test_what_is_done_is_counted():
@@ -465,6 +507,6 @@ def test_what_is_done_is_counted():
 def test_a_missing_highspy_is_an_error_that_names_the_extra(monkeypatch):
     assert import_highspy("caller") is highspy
     monkeypatch.setitem(sys.modules, "highspy", None)
-    text = r"caller: the package highspy is not installed.*pip install 'seqpack_jax\[optimal\]'"
+    text = "highspy is not installed.*pip install 'seqpack_jax\\[optimal\\]'"
     with pytest.raises(SeqpackError, match=f"(?s){text}"):
         import_highspy("caller")

@@ -16,7 +16,7 @@ from strategies import caps, histograms, packings
 import seqpack_jax as sp
 from seqpack_jax.planning import optimal
 from seqpack_jax.planning.bounds import bound_of_lengths, lower_bound
-from seqpack_jax.planning.column_generation import UnsolvedError, Work
+from seqpack_jax.planning.column_generation import UnsolvedError, Work, generate, rounded_up
 from seqpack_jax.planning.plan import Certificate
 from seqpack_jax.planning.rounding import Level
 
@@ -229,6 +229,27 @@ def test_an_interrupted_search_gives_the_best_plan_so_far(
     assert bool(capfd.readouterr().err) == progress
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UnsolvedError("HiGHS says 'Unknown'")])
+def test_the_bound_of_an_interrupted_relaxation_is_proved(error, monkeypatch):
+    counts = np.bincount(np.random.default_rng(0).integers(100, 300, 100)) * 10**10
+    cheap = lower_bound(counts, 512).value
+    heard = []
+
+    def interrupted(*args, told, **options):
+        def tell(bound, prices):
+            told(bound, prices)
+            heard.append(rounded_up(bound))
+            if heard[-1] > cheap:
+                raise error
+
+        return generate(*args, told=tell, **options)
+
+    monkeypatch.setattr(optimal, "generate", interrupted)
+    plan = solved(counts, 512)
+    assert plan.certificate[1:3] == (heard[-1], "column generation")
+    assert heard[-1] > cheap
+
+
 @pytest.mark.parametrize(("name", "call", "kept"), [("best_fit", 2, False), ("pack_into", 1, True)])
 def test_what_was_found_before_an_interruption_is_kept(name, call, kept, monkeypatch):
     counts, capacity = stubborn()
@@ -334,11 +355,11 @@ def test_a_budget_without_end_can_be_shown(capfd):
 def test_without_highspy_the_error_names_the_extra(lengths, monkeypatch):
     monkeypatch.setitem(sys.modules, "highspy", None)
     part = "algorithm = 'optimal': the package highspy is not installed"
-    for call in (
-        lambda: solved(np.bincount(lengths, minlength=1), 1000),
-        lambda: sp.pack_sequences(lengths, 1000, algorithm="optimal"),
-    ):
-        with pytest.raises(sp.SeqpackError, match=part) as caught:
+    for caller, call in {
+        "pack_length_histogram": lambda: solved(np.bincount(lengths, minlength=1), 1000),
+        "pack_sequences": lambda: sp.pack_sequences(lengths, 1000, algorithm="optimal"),
+    }.items():
+        with pytest.raises(sp.SeqpackError, match=f"{caller}: {part}") as caught:
             call()
         assert "pip install 'seqpack_jax[optimal]'" in str(caught.value)
     sp.pack_sequences(lengths, 1000).check(lengths)  # the others do without

@@ -20,6 +20,7 @@ from seqpack_jax.planning.column_generation import (
     Work,
     generate,
     rounded_up,
+    value_of,
     worth,
 )
 from seqpack_jax.planning.counts import Int64
@@ -69,19 +70,22 @@ def _of_use(problem: Problem, prices: Float64, target: int, work: Work) -> list[
     """
     values, contents = worth(problem, prices, work)
     prices, best = prices / values.max(), contents.best / values.max()
-    least = 1 - (target - float(prices @ problem.demand)) - 1e-6
+    least = 1 - (target - value_of(problem, prices)) - 1e-6
     held = np.zeros((1, 0), np.int64)  # indices of lengths, falling
     found: list[Template] = []
     while len(held) and held.shape[1] < (problem.max_segments or problem.max_seq_len):
         cells = len(prices) + held.shape[1]  # of each
         size = max(1, _CELLS // cells)
         work.spend(2e-8 * len(held) * cells)
-        chunks = [held[i : i + size] for i in range(0, len(held), size)]
-        held = np.concatenate([_grown(problem, prices, best, least, each) for each in chunks])
+        chunks: list[Int64] = []
+        for start in range(0, len(held), size):
+            chunks.append(_grown(problem, prices, best, least, held[start : start + size]))
+            if sum(map(len, chunks)) > 10 * _TEMPLATES:
+                return None
+        held = np.concatenate(chunks)
         full = prices[held].sum(axis=1) >= least
         found += [tuple(row) for row in problem.lengths[held[full]].tolist()]
-        too_many = len(found) > _TEMPLATES or len(held) > 10 * _TEMPLATES
-        if too_many or held.size > 2 * _CELLS or work.over:
+        if len(found) > _TEMPLATES or held.size > 2 * _CELLS or work.over:
             return None
     return found
 

@@ -73,7 +73,8 @@ class Work:
 
     def __init__(self, budget: float, time_limit: float | None = None) -> None:
         self._budget = self.left = budget
-        self._end = None if time_limit is None else time.monotonic() + time_limit
+        self._start = time.monotonic()
+        self._end = None if time_limit is None else self._start + time_limit
 
     def spend(self, units: float) -> None:
         """Count some work."""
@@ -86,8 +87,13 @@ class Work:
 
     @property
     def done(self) -> float:
-        """The share of the budget that is used up, in `[0, 1]`."""
-        return 0.0 if self._budget == math.inf else 1.0 - max(0.0, self.left) / self._budget
+        """The share of the budget, or of the time, that is used up, in `[0, 1]`."""
+        used = 0.0 if self._budget == math.inf else 1.0 - max(0.0, self.left) / self._budget
+        if self._end is None:
+            return used
+        time_limit = self._end - self._start
+        timed = 1.0 if time_limit <= 0 else min(1.0, (time.monotonic() - self._start) / time_limit)
+        return max(used, timed)
 
     def seconds(self) -> float:
         """Return the time that a solver may take: what is left of the limit."""
@@ -113,7 +119,7 @@ def import_highspy(caller: str) -> Any:
     try:
         import highspy
     except ImportError:
-        problem = "the package highspy is not installed"
+        problem = "algorithm = 'optimal': the package highspy is not installed"
         fail(caller, problem, "pip install 'seqpack_jax[optimal]'")
     return highspy
 
@@ -183,16 +189,13 @@ class Master:
 
         Ends the life of this object: after that its numbers are whole.
         """
+        if self._scale < 1:
+            return None  # scaled demand does not ask for whole numbers
         rows, size = len(self.problem.lengths), len(self.templates)
         which = np.arange(rows - 1, rows - 1 + size, dtype=np.int32)
         whole = np.full(size, self._highspy.HighsVarType.kInteger)
         self._solver.changeColsIntegrality(size, which, whole)
-        options = {"objective_target": target + 0.5, "mip_max_nodes": nodes}
-        if work.seconds() < math.inf:
-            options["time_limit"] = self._solver.getRunTime() + work.seconds()
-        for name, value in options.items():
-            self._solver.setOptionValue(name, value)
-        self._solver.run()
+        self._run(work, {"objective_target": target + 0.5, "mip_max_nodes": nodes})
         info = self._solver.getInfo()
         work.spend(rows * size * (3e-6 + 2.5e-8 * max(0, info.mip_node_count)))
         if not info.objective_function_value <= target + 0.5:
@@ -208,20 +211,27 @@ class Master:
         """
         step = 2e-5 + 1.3e-8 * len(self.templates)
         steps = int(min(max(1.0, work.left / step), 1e9))
-        self._solver.setOptionValue("simplex_iteration_limit", steps)
-        self._solver.run()
+        self._run(work, {"simplex_iteration_limit": steps})
         status, info = self._solver.getModelStatus(), self._solver.getInfo()
         work.spend(info.simplex_iteration_count * step)
         known = self._highspy.HighsModelStatus
         if status == known.kIterationLimit:
             work.spend(max(0.0, work.left))  # less than one step
         feasible = info.primal_solution_status == 2  # kSolutionStatusFeasible
-        if status != known.kOptimal and not (status == known.kIterationLimit and feasible):
+        stopped = status in (known.kIterationLimit, known.kTimeLimit)
+        if status != known.kOptimal and not (stopped and feasible):
             raise UnsolvedError(f"HiGHS says {self._solver.modelStatusToString(status)!r}")
         solution, rows = self._solver.getSolution(), len(self.problem.lengths)
         prices = np.maximum(np.array(solution.row_dual), 0.0)
         amounts = np.array(solution.col_value)[rows - 1 :] / self._scale
         return info.objective_function_value / self._scale, prices, np.maximum(amounts, 0.0)
+
+    def _run(self, work: Work, options: dict[str, float]) -> None:
+        if work.seconds() < math.inf:
+            options["time_limit"] = self._solver.getRunTime() + work.seconds()
+        for name, value in options.items():
+            self._solver.setOptionValue(name, value)
+        self._solver.run()
 
 
 def rounded_up(bins: float) -> int:
@@ -249,13 +259,15 @@ def generate(
     *,
     target: int | None,
     rounds: int | None = None,
-    told: Callable[[], None] | None = None,
+    share: float = 1.0,
+    told: Callable[[float, Float64], None] | None = None,
 ) -> Relaxation:
     """Solve the relaxed problem, and add templates until none lowers its number of bins.
 
     Ends earlier when that number is well below `target`, or when it is proved to round up to a
-    number above that; after so many `rounds`; or when the work is over.  `UnsolvedError` means that
-    there is no solution yet.
+    number above that; after so many `rounds`; when that `share` of the work is done; or when it is
+    over.  `UnsolvedError` means that there is no solution yet.  Each better bound is `told`, with
+    the prices that show it.
 
     Time: a linear program and a knapsack per round; some 5 to 30 rounds.
     """
@@ -274,13 +286,16 @@ def generate(
             break  # what the last round found still holds
         values, contents = worth(problem, prices, work)
         most = float(values.max(initial=0.0))
-        if most > 0 and float(prices @ problem.demand) / most > bound:
-            bound, best_prices = float(prices @ problem.demand) / most, prices
+        shown = value_of(problem, prices) / most if most > 0 else 0.0
+        if shown > bound:
+            bound, best_prices = shown, prices
         if told is not None:
-            told()
+            told(bound, best_prices)
         settled = target is not None and (rounded_up(bound) >= rounded_up(bins) > target)
         done += 1
-        if bins <= enough or most <= 1 + _MORE or settled or work.over or done == rounds:
+        if bins <= enough or most <= 1 + _MORE or settled or done == rounds:
+            break
+        if work.over or work.done >= share:
             break
         if not master.add(_templates(problem, values, contents)):
             break
@@ -291,6 +306,11 @@ def volume_of(problem: Problem) -> float:
     """Return how many bins the tokens, or the sequences, would fill to the last place."""
     volume = float(problem.demand @ problem.lengths) / problem.max_seq_len
     return max(volume, float(problem.demand.sum()) / (problem.max_segments or math.inf))
+
+
+def value_of(problem: Problem, prices: Float64) -> float:
+    """Return what all sequences are worth together: the same to the last digit everywhere."""
+    return math.fsum((prices * problem.demand).tolist())
 
 
 def cost_of_worth(problem: Problem) -> float:

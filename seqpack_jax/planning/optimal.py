@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +19,13 @@ import numpy as np
 from seqpack_jax.planning.bounds import Bound, bound_of_lengths
 from seqpack_jax.planning.closing import pack_into
 from seqpack_jax.planning.column_generation import (
+    Float64,
     Master,
     Problem,
-    Relaxation,
     UnsolvedError,
     Work,
     cost_of_worth,
     generate,
-    import_highspy,
     proved_bound,
     rounded_up,
 )
@@ -49,7 +48,9 @@ __all__ = ["Proven", "optimal_templates"]
 _LOG = logging.getLogger(__name__)
 _BUDGET = 8.0  # units of work, for rows of up to 2048 tokens; in proportion for longer ones,
 _LONGEST = 6.0  # but no more than so many times that
+_UNTIL = 0.7  # the share of the work after which the relaxed problem is good enough
 _SHARES = (0.2, 0.05)  # of the bins left that a level fixes, in the first and the second dive
+_BEST_FIT = 1e-5  # work per distinct length
 _FEW = 8  # bins that the first integer program is about
 _MANY = 400  # and the last one, at most
 _GROWTH = 1.5  # from one to the next, at least
@@ -88,15 +89,11 @@ def optimal_templates(
         time_limit: seconds of time; with it, two runs may give two results.
         progress: whether to show progress on stderr; None to do so on a terminal.
 
-    Raises:
-        SeqpackError: highspy is not installed.
-
     Example:
         >>> proven = optimal_templates(np.bincount([6, 5, 4, 3, 3, 3]), 12)
         >>> proven.templates.multiplicity.sum(), proven.bound
         (np.int64(2), Bound(value=2, method='volume'))
     """
-    import_highspy("algorithm = 'optimal'")
     lengths = np.flatnonzero(counts)
     if not len(lengths):
         nothing = np.zeros(0, np.int64)
@@ -114,9 +111,12 @@ def optimal_templates(
         try:
             search.run()
         except UnsolvedError as error:
+            search.prove()
             level = logging.INFO if work.over else logging.WARNING
             _LOG.log(level, "the search for a better plan ended early: %s", error)
         except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):
+                search.prove()
             bins, bound = f"{num_bins(search.bins):,}", f"{search.bound.value:,}"
             _LOG.warning("interrupted: the best plan so far has %s rows, bound %s", bins, bound)
     return Proven(realize(problem, search.bins), search.bound)
@@ -129,6 +129,8 @@ class _Search:
         self.problem, self.work, self._told = problem, work, told
         self.bins = best_fit(problem)
         self.bound = bound_of_lengths(*problem, enough=num_bins(self.bins))
+        self._relaxed_bound = 0.0  # and the prices that show it
+        self._prices = np.zeros(len(problem.lengths))
 
     @property
     def _settled(self) -> bool:
@@ -143,8 +145,10 @@ class _Search:
             return
         master = Master(self.problem)
         master.add(self.bins)
-        relaxed = generate(master, self.work, target=self.bound.value, told=self._tell)
-        self._prove(relaxed)
+        relaxed = generate(
+            master, self.work, target=self.bound.value, share=_UNTIL, told=self._heard
+        )
+        self.prove()
         for share in _SHARES:
             levels: list[Level] = []
             target = self.bound.value
@@ -152,6 +156,7 @@ class _Search:
                 self.problem, master, relaxed, target=target, share=share, work=self.work
             ):
                 levels.append(level)
+                self.work.spend(_BEST_FIT * np.count_nonzero(level.left))
                 self._complete(level, best_fit(with_demand(self.problem, level.left)))
                 if self._settled:
                     return
@@ -159,9 +164,14 @@ class _Search:
             if self._settled or self.work.over:
                 return
 
-    def _prove(self, relaxed: Relaxation) -> None:
-        if rounded_up(relaxed.bound) > self.bound.value:
-            value = proved_bound(self.problem, relaxed.best_prices, self.work)
+    def _heard(self, bound: float, prices: Float64) -> None:
+        self._relaxed_bound, self._prices = bound, prices
+        self._tell()
+
+    def prove(self) -> None:
+        """Prove the best bound of the relaxed problem, if it is any better."""
+        if rounded_up(self._relaxed_bound) > self.bound.value:
+            value = proved_bound(self.problem, self._prices, self.work)
             if value > self.bound.value:
                 self.bound = Bound(value, "column generation")
 

@@ -66,7 +66,8 @@ def pack_length_histogram(
         max_segments: the most sequences that a bin may hold, None for no cap.
         tolerance: plan each length as the next multiple of this many tokens, so that sequences of
             nearly equal length mix between epochs; 1 mixes equal lengths only.  What it costs is
-            `plan.tolerance_rows`, for which the histogram is planned a second time.
+            `plan.tolerance_rows`, for which the histogram is planned a second time, with a budget
+            of its own.
         over_length: what to do with lengths over `max_seq_len`: the name of an action or an
             `OverLength`, as in `length_histogram_from_lengths`, whose counts need none here.
         budget: how much work `"optimal"` may take to find and prove a better plan, in units of
@@ -76,8 +77,9 @@ def pack_length_histogram(
 
     Returns:
         A `PackingPlan`.  The same arguments give the same plan on any machine, that of `"optimal"`
-        with the same version of highspy.  The lower bound of its certificate is that of the lengths
-        as they are without a tolerance.  `"optimal"` returns the best plan so far on Ctrl-C.
+        with the same version of highspy, on the same kind of processor.  The lower bound
+        of its certificate is that of the lengths as they are without a tolerance.  `"optimal"`
+        returns the best plan so far on Ctrl-C.
 
     Raises:
         SeqpackError: a length is over `max_seq_len` without a policy, a count is negative, or an

@@ -9,6 +9,7 @@ import numpy as np
 
 from seqpack_jax.errors import check_number, fail
 from seqpack_jax.planning.bounds import Bound, bound_of_lengths
+from seqpack_jax.planning.column_generation import import_highspy
 from seqpack_jax.planning.counts import Int64, as_counts, coarsen_counts
 from seqpack_jax.planning.heuristics import (
     Templates,
@@ -69,6 +70,8 @@ def plan_counts(
     effort: Effort = _NO_EFFORT,
 ) -> PackingPlan:
     """Plan counts of what the over-length policy made of all sequences."""
+    if algorithm == "optimal":
+        import_highspy(caller)
     array = as_counts(caller, counts, max_seq_len)
     planned = coarsen_counts(array, tolerance, max_seq_len)
     templates, bound = _solve(planned, max_seq_len, algorithm, max_segments, effort)
