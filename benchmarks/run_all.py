@@ -34,6 +34,7 @@ SCRIPTS = (
     "how_heavy_are_processes",
     "how_long_does_training_wait",
     "how_dense_is_each_packer",
+    "how_far_from_the_optimum",
     "how_dense_is_streaming",
     "how_fast_is_the_mask",
     "how_fast_is_attention",
