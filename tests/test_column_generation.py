@@ -1,6 +1,7 @@
 """The relaxed problem is solved over all templates, and a bound that is claimed is true."""
 
 import math
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -510,3 +511,15 @@ def test_a_missing_highspy_is_an_error_that_names_the_extra(monkeypatch):
     text = "highspy is not installed.*pip install 'seqpack_jax\\[optimal\\]'"
     with pytest.raises(SeqpackError, match=f"(?s){text}"):
         import_highspy("caller")
+
+
+def test_the_solver_prints_nothing():
+    """Not its name either, as 1.16 does once in a process, before it can be told."""
+    program = (
+        "import highspy\n"
+        "from seqpack_jax.planning.column_generation import quiet_solver\n"
+        "assert quiet_solver(highspy).run() == highspy.HighsStatus.kOk\n"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")

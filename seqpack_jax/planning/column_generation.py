@@ -245,7 +245,13 @@ def _scale_of(demand: Int64) -> float:
 
 def quiet_solver(highspy: Any) -> Any:
     """A HiGHS that prints nothing and takes the same steps everywhere."""
-    solver = highspy.Highs()
+
+    class Quiet(highspy.Highs):  # type: ignore[misc]
+        def enableCallbacks(self) -> None:  # the constructor calls it; 1.16 prints a header there
+            self.setOptionValue("output_flag", False)
+            super().enableCallbacks()
+
+    solver = Quiet()
     options = {"output_flag": False, "threads": 1, "parallel": "off", "random_seed": 0}
     tolerances = "primal_feasibility_tolerance", "dual_feasibility_tolerance"
     for name, value in (options | dict.fromkeys(tolerances, 1e-9)).items():
