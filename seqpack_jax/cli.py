@@ -273,32 +273,16 @@ def _run_prepare(arguments: argparse.Namespace) -> int:
 
 def _print_stats(prepared: Any, rows_per_step: int = 1, as_json: bool = False) -> None:
     from seqpack_jax.planning.stats import PackingStats
+    from seqpack_jax.report import certificate_of
 
     plan, report = prepared.plan, prepared.pools.report
     stats = PackingStats.from_plan(plan, rows_per_step=rows_per_step, report=report)
-    proof = _certificate_of(plan, stats.lower_bound)
+    proof = certificate_of(plan, stats.lower_bound)
     if as_json:
         figures = {"bound_method": proof.method, "proved_optimal": proof.proved_optimal}
         print(json.dumps(stats.to_dict() | figures, indent=1))
     else:
         print(f"{stats}\n{proof}")
-
-
-def _certificate_of(plan: Any, bound: int) -> Any:
-    """Return the certificate of a plan, or one for the better bound that its statistics have.
-
-    Plans of earlier releases know no bound but the volume, and those of the seed library none.
-    """
-    from seqpack_jax.planning.bounds import lower_bound
-    from seqpack_jax.planning.plan import Certificate
-
-    saved = plan.certificate
-    if saved is not None and saved.lower_bound >= bound:
-        return saved
-    method = "volume"  # with a tolerance, a plan does not hold the true lengths
-    if plan.tolerance == 1:
-        method = lower_bound(plan.counts, plan.max_seq_len).method
-    return Certificate(plan.num_bins, bound, method, bound == plan.num_bins)
 
 
 _STATS: Arguments = {
@@ -321,6 +305,44 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     plan = verify_prepared(arguments.directory).plan
     sequences, rows = f"{plan.num_sequences:,} sequences", f"{plan.num_bins:,} rows"
     print(f"{arguments.directory} is whole: {sequences} in {rows}")
+    return 0
+
+
+# --- plot, report -----------------------------------------------------------------------------
+
+_REPLACE = {"action": "store_true", "help": "replace the file at --output"}
+
+_PLOT: Arguments = {
+    "directory": _DIRECTORY,
+    "--output": {"required": True, "metavar": "FILE", "help": "the picture: .png, .svg, .pdf"},
+    "--rows": {**_size(), "type": _integer(1, 500), "default": 40, "help": "rows drawn at most"},
+    "--overwrite": _REPLACE,
+}
+
+_REPORT: Arguments = {
+    "directory": _DIRECTORY,
+    "--output": {"default": "report.html", "metavar": "FILE", "help": "the page: .html"},
+    "--overwrite": _REPLACE,
+}
+
+
+def _run_plot(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.report import write_picture
+
+    return _write_file(write_picture, arguments)
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.report import write_report
+
+    return _write_file(write_report, arguments)
+
+
+def _write_file(write: Callable[..., Any], arguments: argparse.Namespace) -> int:
+    options = dict(vars(arguments))
+    del options["command"]
+    write(**options)
+    print(arguments.output)
     return 0
 
 
@@ -381,6 +403,8 @@ _COMMANDS = {
         _run_verify,
     ),
     "export": Command("write packed rows to files, in training order", _EXPORT, _run_export),
+    "plot": Command("draw the lengths and rows of a prepared data set", _PLOT, _run_plot),
+    "report": Command("write a page of HTML on a prepared data set", _REPORT, _run_report),
 }
 
 

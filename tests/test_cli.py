@@ -35,6 +35,8 @@ OPTIONS = {
         "DIR --sequences --tokens-column --id-column --epochs --seed --to --output --workers "
         "--overwrite"
     ),
+    "plot": "DIR --output --rows --overwrite",
+    "report": "DIR --output --overwrite",
 }
 
 
@@ -95,6 +97,13 @@ def test_version(capsys):
         (["verify"], "the following arguments are required: DIR"),
         (["export", "DIR"], "arguments are required: --sequences, --output"),
         (["export", "DIR", "--to", "csv"], "argument --to: invalid choice: 'csv'"),
+        (["plot"], "the following arguments are required: DIR, --output"),
+        (["plot", "DIR"], "the following arguments are required: --output"),
+        (["plot", "DIR", "--rows", "0"], "argument --rows: 0 is not in [1, 500]"),
+        (["plot", "DIR", "--rows", "all"], "argument --rows: 'all' is not an integer"),
+        (["plot", "DIR", "--output"], "argument --output: expected one argument"),
+        (["report"], "the following arguments are required: DIR"),
+        (["report", "DIR", "--rows", "3"], "unrecognized arguments: --rows 3"),
     ],
 )
 def test_wrong_arguments(argv, message, capsys):
@@ -134,7 +143,7 @@ def test_help_loads_nothing_heavy():
         "    main(['prepare', '--help'])\n"
         "except SystemExit:\n"
         "    heavy = {'jax', 'flax', 'optax', 'grain', 'rich', 'pyarrow', 'fsspec', 'ray'}\n"
-        "    heavy |= {'highspy'}\n"
+        "    heavy |= {'highspy', 'matplotlib'}\n"
         "    loaded = heavy & set(sys.modules)\n"
         "    sys.exit(f'loaded: {loaded}' if loaded else 0)\n"
     )
@@ -311,6 +320,72 @@ def test_loglevel(data, monkeypatch, capsys):
     assert main([*data, "10"]) == 2
     assert "LOGLEVEL: 'LOUD' is no level" in capsys.readouterr().err
     assert logging.getLogger("seqpack_jax").handlers == before
+
+
+# --- plot, report ---------------------------------------------------------------------------
+
+
+def test_plot_and_report(data, tmp_path, monkeypatch, capsys):
+    assert main([*data, "10"]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main("plot out --output plan.png".split()) == 0
+    assert capsys.readouterr() == ("plan.png\n", "")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main("report out".split()) == 0
+    assert capsys.readouterr() == ("report.html\n", "")
+    page = (tmp_path / "report.html").read_text()
+    assert "9 sequences in 5 rows of 10 tokens, 82.00 % full" in page
+    assert main("report out --output other.htm".split()) == 0
+    assert (tmp_path / "other.htm").read_text() == page
+    assert main("verify out".split()) == 0
+
+
+def test_options_reach_plot_and_report(monkeypatch, capsys):
+    seen = []
+    for name in ("write_picture", "write_report"):
+        monkeypatch.setattr(f"seqpack_jax.report.{name}", lambda **options: seen.append(options))
+    assert main("plot a --output b.svg".split()) == 0
+    common = {"directory": "a", "output": "b.svg", "overwrite": False}
+    assert seen.pop() == {**common, "rows": 40}
+    assert main("plot a --output b.svg --rows 7 --overwrite".split()) == 0
+    assert seen.pop() == {**common, "rows": 7, "overwrite": True}
+    assert main("report a".split()) == 0
+    assert seen.pop() == {**common, "output": "report.html"}
+    assert main("report a --output b.html --overwrite".split()) == 0
+    assert seen.pop() == {"directory": "a", "output": "b.html", "overwrite": True}
+
+
+@pytest.mark.parametrize(("command", "name"), [("plot", "x.png"), ("report", "x.html")])
+def test_errors_of_plot_and_report_are_one_line(command, name, data, tmp_path, monkeypatch, capsys):
+    assert main([*data, "10"]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("mine")
+    cases = {
+        f"out --output {name}": f"{name} exists. Hint: choose another output, or pass --overwrite.",
+        "out --output x.gif": "the output x.gif does not end in .",
+        f"out --output none/{name}": "the directory none of the output does not exist. Hint: make",
+        f"out --output out/{name}": f"the output out/{name} lies in the prepared directory",
+        f"none --output new{name}": "load_prepared: none/manifest.json cannot be read",
+        f"in.parquet --output new{name}": "load_prepared: in.parquet/manifest.json cannot be read",
+    }
+    for arguments, problem in cases.items():
+        assert main([command, *arguments.split()]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"seqpack-jax {command}: ")
+        assert problem in printed.err
+        assert printed.err.count("\n") == 1
+    assert (tmp_path / name).read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in.parquet", "out", name])
+    assert main([command, "out", "--output", name, "--overwrite"]) == 0
+    assert (tmp_path / name).read_bytes() != b"mine"
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([command, "out", "--output", f"new{name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("is not installed. Hint: pip install 'seqpack_jax[plots]'.\n")
 
 
 # --- export ---------------------------------------------------------------------------------
