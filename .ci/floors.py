@@ -3,7 +3,7 @@
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("prepare", "fasta", "optimal")  # what the tests that are not slow need
+EXTRAS = ("prepare", "fasta", "optimal", "plots")  # what the tests that are not slow need
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 requirements = list(project["dependencies"])

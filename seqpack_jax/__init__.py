@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from seqpack_jax.planning.bounds import Bound as Bound
     from seqpack_jax.planning.bounds import lower_bound as lower_bound
     from seqpack_jax.planning.bounds import volume_bound as volume_bound
+    from seqpack_jax.planning.changeover import StepFigures as StepFigures
+    from seqpack_jax.planning.changeover import SuggestedRows as SuggestedRows
+    from seqpack_jax.planning.changeover import suggest_rows as suggest_rows
     from seqpack_jax.planning.histogram import SequencePools as SequencePools
     from seqpack_jax.planning.histogram import (
         length_histogram_from_lengths as length_histogram_from_lengths,
@@ -100,6 +103,7 @@ _HOMES = {
     "planning.bounds": ["Bound", "lower_bound", "volume_bound"],
     "planning.vectors": ["VectorPlan", "pack_vectors"],
     "planning.stats": ["PackingStats"],
+    "planning.changeover": ["StepFigures", "SuggestedRows", "suggest_rows"],
     "planning.packers": [
         "greedy_pack_sequences",
         "heap_pack_sequences",

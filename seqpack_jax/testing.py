@@ -48,6 +48,10 @@ class PackingReport(NamedTuple):
         rows: rows of each packed batch.
         packings: in how many ways the sequences were packed.
         compilations: of the functions given.
+
+    Example:
+        >>> PackingReport(1e-7, 2e-7, None, 1e-5, 4, 3, packings=3, compilations=3).packings
+        3
     """
 
     outputs: float
@@ -163,17 +167,16 @@ def assert_packing_equivalence(
         >>> import jax.numpy as jnp
         >>> from seqpack_jax.model.segments import segment_mask
         >>> table = np.linspace(-1.0, 1.0, 40, dtype=np.float32).reshape(10, 4)
-        >>> def mean_of_earlier(table, batch, mask_of=segment_mask):
-        ...     mask = mask_of(batch["segment_ids"], causal=True)[:, 0].astype(jnp.float32)
+        >>> def mean_so_far(table, batch):
+        ...     mask = segment_mask(batch["segment_ids"], causal=True)[:, 0].astype(jnp.float32)
         ...     mask /= jnp.sum(mask, axis=-1, keepdims=True)
         ...     return jnp.einsum("bqk,bkd->bqd", mask, table[batch["tokens"]])
         >>> sequences = [[5, 6, 7], [1, 2], [9, 8, 3, 4], [2, 1, 3]]
-        >>> report = assert_packing_equivalence(mean_of_earlier, sequences, 8, params=table)
+        >>> report = assert_packing_equivalence(mean_so_far, sequences, 8, params=table)
         >>> report.sequences, report.rows, report.packings, report.outputs < 1e-6
         (4, 3, 3, True)
         >>> def without_mask(table, batch):
-        ...     return mean_of_earlier(table, batch, lambda ids, causal: segment_mask(
-        ...         jnp.ones_like(ids), causal=causal))
+        ...     return mean_so_far(table, batch | {"segment_ids": jnp.ones_like(batch["tokens"])})
         >>> try:
         ...     assert_packing_equivalence(without_mask, sequences, 8, params=table)
         ... except AssertionError as error:
@@ -223,10 +226,8 @@ class _Check:
         if rtol is None:
             self.of_sums = max([_SUMS.get(name, 1.0) for name in trial.dtypes()], default=1.0)
         self.worst = {"outputs": 0.0, "gradients": 0.0, "loss": 0.0}
-        self.scales = {
-            name: max(usual(run.outputs[name]) for run in self.alone)
-            for name in self.alone[0].outputs
-        }
+        names = self.alone[0].outputs
+        self.scales = {name: max(usual(run.outputs[name]) for run in self.alone) for name in names}
 
     def all(self, exact_lengths: int) -> PackingReport:
         """Compare everything; the loss last, so that its model is right by then."""
@@ -297,9 +298,8 @@ class _Check:
         """Compare outputs, and gradients of float features, token by token."""
         for kind, field in (("outputs", "outputs"), ("gradients", "inputs")):
             for path in getattr(found[0], field):
-                one, two = (
-                    [getattr(run, field)[path] for run in runs] for runs in (found, expected)
-                )
+                one = [getattr(run, field)[path] for run in found]
+                two = [getattr(run, field)[path] for run in expected]
                 scale = max([*map(usual, two), self.scales.get(path, 0.0)])
                 what = path if kind == "outputs" else f"the gradient of batch{path}"
                 pairs = list(zip(places, one, two, strict=True))

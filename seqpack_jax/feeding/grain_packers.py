@@ -201,6 +201,21 @@ class FirstFitPackIterDataset(grain.IterDataset):  # type: ignore[misc]
 class BestFitPackIterDataset(FirstFitPackIterDataset):
     """Grain's `BestFitPackIterDataset`: the same as `FirstFitPackIterDataset` here.
 
+    Args:
+        parent: as in `FirstFitPackIterDataset`, like all arguments.
+        length_struct: see there.
+        num_packing_bins: see there.
+        seed: see there.
+        shuffle_bins: see there.
+        shuffle_bins_group_by_feature: see there.
+        meta_features: see there.
+        pack_alignment_struct: see there.
+        padding_struct: see there.
+        max_sequences_per_bin: see there.
+
+    Raises:
+        SeqpackError: as `FirstFitPackIterDataset`.
+
     Example:
         >>> records = grain.MapDataset.source([{"x": np.full(n, n)} for n in (2, 3, 1)])
         >>> rows = BestFitPackIterDataset(records, length_struct={"x": 4}, num_packing_bins=2)

@@ -41,6 +41,9 @@ def row_shard(sharding: Any) -> tuple[int, int]:
         sharding: a `jax.sharding.Sharding` whose first axis is that of the rows, or `(mesh, axes)`
             with the name, or a tuple of the names, of the mesh axes that share the rows.
 
+    Returns:
+        `(index, count)`: this process feeds share `index` of `count`.
+
     Raises:
         SeqpackError: two processes hold partly the same rows, so that no dealing fits both.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from seqpack_jax.terminal import is_shown, stderr_console
 
 __all__ = ["progress_bar"]
 
@@ -28,13 +29,10 @@ def progress_bar(
         ...     for step in range(3):
         ...         advance(1)
     """
-    if show is None:
-        show = sys.stderr.isatty()
-    if not show:
+    if not is_shown(show):
         yield lambda steps: None
         return
     from rich import progress
-    from rich.console import Console
     from rich.text import Text
 
     class Rate(progress.ProgressColumn):
@@ -49,6 +47,6 @@ def progress_bar(
         Rate(),
         progress.TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task(text, total=total)
         yield lambda steps: bar.advance(task, steps)

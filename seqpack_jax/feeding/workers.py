@@ -31,6 +31,13 @@ def local_map(
     This process is one of them.  The others end with it, however it ends, and leave Ctrl-C to it.
     Results come as they are done.
 
+    Args:
+        workers: number of processes; with 1, nothing is started.
+
+    Returns:
+        `map_shards(function, shards)`, which returns an iterator over the results; `prepare` takes
+        it.
+
     Raises:
         SeqpackError: when mapping, that of a shard, or a worker died.
 

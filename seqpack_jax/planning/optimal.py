@@ -9,7 +9,6 @@ a thousand of the same lengths.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -42,6 +41,7 @@ from seqpack_jax.planning.rounding import (
     realize,
     with_demand,
 )
+from seqpack_jax.terminal import is_shown, stderr_console
 
 __all__ = ["Proven", "optimal_templates"]
 
@@ -202,11 +202,10 @@ class _Search:
 @contextmanager
 def _shown(show: bool | None) -> Iterator[Told]:
     """Show bins, bound and how much of the budget is used, on stderr, while the block runs."""
-    if not (sys.stderr.isatty() if show is None else show):
+    if not is_shown(show):
         yield lambda bins, bound, done: None
         return
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn("optimal plan"),
@@ -214,7 +213,7 @@ def _shown(show: bool | None) -> Iterator[Told]:
         progress.TextColumn("{task.fields[figures]}"),
         progress.TimeElapsedColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task("", total=1.0, figures="")
 
         def told(bins: int, bound: int, done: float) -> None:

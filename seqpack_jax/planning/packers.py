@@ -235,6 +235,19 @@ def greedy_pack_sequences(
 ) -> Bins:
     """Pack by first fit decreasing: `pack_sequences` under the seed library's name.
 
+    Args:
+        lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.
+        max_seq_len: capacity of a bin in tokens.
+        tolerance: as in `pack_sequences`, like the next two.
+        seed: see `pack_sequences`.
+        over_length: see `pack_sequences`.
+
+    Returns:
+        `Bins`.
+
+    Raises:
+        SeqpackError: as `pack_sequences`.
+
     Example:
         >>> greedy_pack_sequences([5, 3, 4, 2, 1], max_seq_len=8).tolist()
         [[0, 1], [2, 3, 4]]
@@ -252,6 +265,19 @@ def heap_pack_sequences(
     over_length: str | OverLength = "error",
 ) -> Bins:
     """Pack by worst fit decreasing: `pack_sequences` under the seed library's name.
+
+    Args:
+        lengths: integers `[n]`, in tokens; sequence `i` has the id `i`.
+        max_seq_len: capacity of a bin in tokens.
+        tolerance: as in `pack_sequences`, like the next two.
+        seed: see `pack_sequences`.
+        over_length: see `pack_sequences`.
+
+    Returns:
+        `Bins`.
+
+    Raises:
+        SeqpackError: as `pack_sequences`.
 
     Example:
         >>> heap_pack_sequences([128, 64, 32, 16, 200, 80, 50], max_seq_len=256).tolist()
