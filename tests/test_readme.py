@@ -5,6 +5,10 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
+from seqpack_jax.cli import main
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -49,6 +53,13 @@ def test_the_first_screen_has_running_code_and_the_two_commands():
     assert "```python" in screen
     assert "make demo" in screen
     assert "make test" in screen
+
+
+def test_the_commands_are_those_of_the_program(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"```text\n{capsys.readouterr().out}```\n" in README
 
 
 def test_the_figures_are_those_of_the_benchmarks():
