@@ -50,6 +50,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## Every figure of the README; rewrites benchmarks/RESULTS.md
 	$(BIN)/python -m pip install -q --group bench
+	$(BIN)/python -m pip install -q --no-deps seqpack==1.0.0
 	$(BIN)/python benchmarks/run_all.py
 
 notebooks: $(VENV)/.dev ## Run the notebooks and keep their outputs

@@ -25,11 +25,13 @@ PACKAGES = (
     "seqpack_jax",
     "numpy",
     "jax",
+    "flax",
     "grain",
     "pyarrow",
     "highspy",
     "lightbinpack",
     "binpacking",
+    "seqpack",
 )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/run_all.py [FILE]
 
 FILE is `benchmarks/RESULTS.md` unless named.  Each script runs as a process of its own, one after
-the other, on a machine that should have nothing else to do.  Takes about twenty minutes.  Set
+the other, on a machine that should have nothing else to do.  Takes about half an hour.  Set
 `SEQPACK_DATA` to the folder of the real length sets to have them packed too, and `SEQPACK_BILLION`
 to anything to have 1e9 lengths prepared as well, once (12 GB of disk, five minutes).
 """
@@ -36,9 +36,11 @@ SCRIPTS = (
     "how_dense_is_each_packer",
     "how_far_from_the_optimum",
     "how_dense_is_streaming",
+    "how_do_peers_compare",
     "how_fast_is_the_mask",
     "how_fast_is_attention",
     "how_many_tiles_are_scheduled",
+    "how_fast_is_training",
     "how_fast_is_preparation",
 )
 
