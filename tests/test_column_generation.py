@@ -26,6 +26,7 @@ from seqpack_jax.planning.column_generation import (
     generate,
     import_highspy,
     proved_bound,
+    value_of,
     volume_of,
     worth,
 )
@@ -369,6 +370,45 @@ def test_each_better_bound_is_told_with_its_prices():
     assert bounds == sorted(bounds)
     assert bounds[-1] == relaxed.bound
     assert told[-1][1] is relaxed.best_prices
+
+
+def test_the_value_of_all_sequences_is_exact_to_the_last_digit():
+    problem = Problem(np.array([1, 2, 3]), np.array([1, 1, 1]), 8, None)
+    assert value_of(problem, np.array([1e16, 1.0, 1.0])) == 1e16 + 2
+
+
+def test_time_is_counted_from_where_the_solver_is():
+    class Solver:
+        def __init__(self):
+            self.options = {}
+
+        def getRunTime(self):
+            return 100.0
+
+        def setOptionValue(self, name, value):
+            self.options[name] = value
+
+        def run(self):
+            pass
+
+    master = started(uniform(*HARD))
+    master._solver = solver = Solver()
+    master._run(Work(1.0, time_limit=1e6), {"simplex_iteration_limit": 7})
+    assert solver.options.pop("time_limit") == pytest.approx(1e6 + 100, abs=10)
+    assert solver.options == {"simplex_iteration_limit": 7}
+    master._run(Work(1.0), {})
+    assert solver.options == {"simplex_iteration_limit": 7}
+
+
+def test_a_solution_at_the_end_of_the_time_is_taken():
+    problem = uniform(*HARD)
+    master = started(problem)
+    bins, prices, _ = master.solve(Work(1.0))
+    values, contents = worth(problem, prices, Work(1.0))
+    assert master.add(column_generation._templates(problem, values, contents))
+    work = Work(1.0, time_limit=0.0)
+    assert master.solve(work)[0] == pytest.approx(bins)
+    assert master._solver.getModelStatus() == highspy.HighsModelStatus.kTimeLimit
 
 
 def test_a_solver_that_has_no_time_left_says_so():

@@ -175,7 +175,7 @@ def test_the_budget_grows_with_the_rows(works):
 def test_no_time_left_is_the_plan_of_best_fit_or_better():
     counts = triplets(120)
     best = sp.pack_length_histogram(counts, 1000).num_bins
-    templates, bound = optimal.optimal_templates(counts, 1000, time_limit=1e-9)
+    templates, bound, _ = optimal.optimal_templates(counts, 1000, time_limit=1e-9)
     assert 40 < templates.multiplicity.sum() <= best
     assert bound == (40, "volume")
     lengths, times = (
@@ -183,7 +183,7 @@ def test_no_time_left_is_the_plan_of_best_fit_or_better():
         np.repeat(templates.multiplicity, np.diff(templates.offsets)),
     )
     assert np.bincount(lengths, times).tolist() == counts.tolist()
-    whole, _ = optimal.optimal_templates(counts, 1000, time_limit=1e9)
+    whole = optimal.optimal_templates(counts, 1000, time_limit=1e9).templates
     assert whole.multiplicity.sum() == 40
 
 
@@ -248,6 +248,67 @@ def test_the_bound_of_an_interrupted_relaxation_is_proved(error, monkeypatch):
     plan = solved(counts, 512)
     assert plan.certificate[1:3] == (heard[-1], "column generation")
     assert heard[-1] > cheap
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UnsolvedError("HiGHS says 'Unknown'")])
+def test_an_interrupted_proof_keeps_the_plan(error, monkeypatch, caplog):
+    counts = np.bincount(np.random.default_rng(0).integers(100, 300, 100)) * 10**10
+
+    def interrupted(*args, told, **options):
+        told(1e18, np.ones(np.count_nonzero(counts)))
+        raise error
+
+    def proof(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimal, "generate", interrupted)
+    monkeypatch.setattr(optimal, "proved_bound", proof)
+    plan = solved(counts, 512)
+    assert plan.certificate.lower_bound == lower_bound(counts, 512).value
+    assert "interrupted" in caplog.text
+
+
+def test_an_interruption_ends_the_search_for_true_lengths_too(monkeypatch):
+    counts, capacity = stubborn()
+    calls = fails_at("generate", 1, KeyboardInterrupt, monkeypatch)
+    plan = sp.pack_length_histogram(counts, capacity, algorithm="optimal", tolerance=3)
+    assert len(calls) == 1
+    finest = sp.pack_length_histogram(counts, capacity)
+    assert plan.tolerance_rows == max(0, plan.num_bins - finest.num_bins)
+    assert plan.certificate.lower_bound == finest.certificate.lower_bound
+
+
+def test_a_tolerance_never_costs_less_than_nothing():
+    """Though a search may find less in finer lengths."""
+    counts = np.bincount(np.random.default_rng(0).integers(1500, 4800, 3000))
+    plan = sp.pack_length_histogram(counts, 8192, algorithm="optimal", tolerance=7, budget=0.5)
+    assert plan.tolerance_rows >= 0
+
+
+def test_a_share_of_the_work_is_left_for_rounding(works, monkeypatch):
+    """Of a relaxed problem that does not come to its end."""
+    lengths = np.random.default_rng(0).lognormal(np.log(300), 1, 10**5)
+    counts = np.bincount(np.clip(np.rint(lengths), 1, 2048).astype(int))
+    real, done = optimal.dive, []
+
+    def noted(*args, work, **options):
+        done.append(work.done)
+        return real(*args, work=work, **options)
+
+    monkeypatch.setattr(optimal, "dive", noted)
+    solved(counts, 2048, max_segments=9, budget=1.0)
+    assert 0.7 <= done[0] < 0.95
+
+
+def test_best_fit_of_each_level_is_work(monkeypatch):
+    counts, capacity = stubborn()
+    levels = fails_at("best_fit", 10**9, KeyboardInterrupt, monkeypatch)
+    solved(counts, capacity)
+    many = len(levels)
+    levels.clear()
+    monkeypatch.setattr(optimal, "_BEST_FIT", 1e9)
+    solved(counts, capacity)
+    assert len(levels) == 2 < many  # the first plan, and one level
 
 
 @pytest.mark.parametrize(("name", "call", "kept"), [("best_fit", 2, False), ("pack_into", 1, True)])

@@ -10,6 +10,7 @@ import seqpack_jax as sp
 from seqpack_jax.planning import heuristics, planners
 from seqpack_jax.planning.bounds import Bound, lower_bound
 from seqpack_jax.planning.counts import coarsen_counts
+from seqpack_jax.planning.optimal import Proven
 from seqpack_jax.planning.planners import ALGORITHMS, Effort, check_effort, plan_counts
 
 
@@ -72,7 +73,7 @@ def test_the_effort_is_handed_on_for_both_plans_of_a_tolerance(monkeypatch):
 
     def noted(counts, *args, **kwargs):
         calls.append((counts.tolist(), args, kwargs))
-        return heuristics.best_fit_decreasing(counts, *args), Bound(1, "volume")
+        return Proven(heuristics.best_fit_decreasing(counts, *args), Bound(1, "volume"))
 
     monkeypatch.setattr(planners, "optimal_templates", noted)
     counts, effort = np.bincount([5, 3, 3]), Effort(2.5, 60.0, progress=None)

@@ -63,6 +63,7 @@ class Proven(NamedTuple):
 
     templates: Templates
     bound: Bound
+    interrupted: bool = False  # by Ctrl-C
 
 
 def optimal_templates(
@@ -106,20 +107,23 @@ def optimal_templates(
         max_segments = None  # no bin can hold more
     problem = Problem(lengths, counts[lengths], max_seq_len, max_segments)
     work = Work(budget, time_limit)
+    interrupted = False
     with _shown(progress) as told:
         search = _Search(problem, work, told)
         try:
-            search.run()
-        except UnsolvedError as error:
-            search.prove()
-            level = logging.INFO if work.over else logging.WARNING
-            _LOG.log(level, "the search for a better plan ended early: %s", error)
+            try:
+                search.run()
+            except UnsolvedError as error:
+                level = logging.INFO if work.over else logging.WARNING
+                _LOG.log(level, "the search for a better plan ended early: %s", error)
+                search.prove()
         except KeyboardInterrupt:
+            interrupted = True
             with suppress(KeyboardInterrupt):
                 search.prove()
             bins, bound = f"{num_bins(search.bins):,}", f"{search.bound.value:,}"
             _LOG.warning("interrupted: the best plan so far has %s rows, bound %s", bins, bound)
-    return Proven(realize(problem, search.bins), search.bound)
+    return Proven(realize(problem, search.bins), search.bound, interrupted)
 
 
 class _Search:

@@ -74,12 +74,15 @@ def plan_counts(
         import_highspy(caller)
     array = as_counts(caller, counts, max_seq_len)
     planned = coarsen_counts(array, tolerance, max_seq_len)
-    templates, bound = _solve(planned, max_seq_len, algorithm, max_segments, effort)
+    templates, bound, interrupted = _solve(planned, max_seq_len, algorithm, max_segments, effort)
     bins = int(templates.multiplicity.sum())
     more = 0
     if tolerance > 1:
-        finest, bound = _solve(array, max_seq_len, algorithm, max_segments, effort)
+        again = "best_fit_decreasing" if interrupted else algorithm
+        finest, bound, _ = _solve(array, max_seq_len, again, max_segments, effort)
         more = bins - int(finest.multiplicity.sum())
+        if algorithm == "optimal":
+            more = max(0, more)  # the plan itself is one of the true lengths
     if bound is None:
         lengths = np.flatnonzero(array)
         bound = bound_of_lengths(lengths, array[lengths], max_seq_len, max_segments, bins)
@@ -90,7 +93,7 @@ def plan_counts(
 
 def _solve(
     counts: Int64, max_seq_len: int, algorithm: str, max_segments: int | None, effort: Effort
-) -> tuple[Templates, Bound | None]:
+) -> tuple[Templates, Bound | None, bool]:
     if algorithm == "optimal":
         return optimal_templates(counts, max_seq_len, max_segments, **effort._asdict())
-    return _HEURISTICS[algorithm](counts, max_seq_len, max_segments), None
+    return _HEURISTICS[algorithm](counts, max_seq_len, max_segments), None, False
