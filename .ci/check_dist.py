@@ -25,7 +25,7 @@ BESIDE = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.tom
 MADE = {"PKG-INFO", ".gitignore"}  # what hatchling puts there by itself
 FIELDS = ("Summary", "Author", "License-Expression", "Keywords", "Requires-Python", "Classifier")
 # A link or picture of Markdown that is not on the net, which leads nowhere on PyPI.
-RELATIVE_LINK = re.compile(r"\[[^\]\n]+\]\((?!https?://)(?=[^)]*[./#])[\w./#-]+\)")
+RELATIVE_LINK = re.compile(r"\[[^\]]+\]\((?!https?://)(?=[^)]*[./#])[\w./#-]+\)")
 
 
 class Artefact(NamedTuple):

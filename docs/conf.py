@@ -43,6 +43,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # outputs hold tables
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from seqpack_jax import __version__
 from seqpack_jax.errors import SeqpackError, fail
+from seqpack_jax.flags import Formatter, Parser, integer, name_of, positive_number, size
 
 __all__ = ["main"]
 
@@ -58,22 +59,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except SeqpackError as error:
-        line = " ".join(str(error).split()).replace("overwrite=True", "--overwrite")
-        print(f"seqpack-jax {arguments.command}: {line}", file=sys.stderr)
+        print(f"seqpack-jax {arguments.command}: {_in_flags(error, arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"seqpack-jax {arguments.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        _give_up_stdout()
         return 141
+    except OSError as error:
+        _give_up_stdout()
+        print(f"seqpack-jax {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _give_up_stdout() -> None:
+    """Write no more there: Python flushes it once more when it ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _in_flags(error: SeqpackError, arguments: argparse.Namespace) -> str:
+    """Write an error in one line, with the flags of its command for the arguments of Python."""
+    line = " ".join(str(error).split()).removeprefix(f"{arguments.command}: ")
+    for flag in _COMMANDS[arguments.command].arguments:
+        name = flag.removeprefix("--").replace("-", "_")
+        line = line.replace(f"{name}=True", flag)
+        line = re.sub(rf"\b{name}='(\w+)'", rf"{flag} \1", line)
+    return line
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="seqpack-jax",
         description="Pack variable-length sequences into fixed-shape batches for JAX and Flax.",
     )
@@ -84,18 +102,11 @@ def _make_parser() -> argparse.ArgumentParser:
             name,
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            formatter_class=_Formatter,
+            formatter_class=Formatter,
         )
         for flag, options in command.arguments.items():
             subparser.add_argument(flag, **options)
     return parser
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
 
 
 @contextmanager
@@ -118,42 +129,11 @@ def _logging() -> Iterator[None]:
         logger.setLevel(before)
 
 
-# --- kinds of arguments -----------------------------------------------------------------------
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not in [{low}, {high}]")
-        return value
-
-    return parse
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
-    return value
-
-
-def _size(low: int = 1) -> dict[str, Any]:
-    return {"type": _integer(low, 2**31 - 1), "metavar": "N"}
-
-
-def _name(what: str) -> dict[str, Any]:
-    return {"metavar": "NAME", "help": what}
+# --- arguments of several commands ------------------------------------------------------------
 
 
 _DIRECTORY: dict[str, Any] = {"metavar": "DIR", "help": "what `prepare` wrote, a path or a URL"}
-_WORKERS = {**_size(), "help": "processes (default: as many as CPUs)"}
+_WORKERS = {**size(), "help": "processes (default: as many as CPUs)"}
 
 
 def _cpus() -> int:
@@ -165,11 +145,11 @@ def _cpus() -> int:
 # --- demo -------------------------------------------------------------------------------------
 
 _DEMO: Arguments = {
-    "--seconds": {"type": _positive_number, "default": 60.0, "help": "how long to train at most"},
-    "--batch-size": {"type": _integer(1, 4096), "default": 4, "help": "rows per batch"},
-    "--max-seq-len": {"type": _integer(64, 4096), "default": 512, "help": "tokens per row"},
+    "--seconds": {"type": positive_number, "default": 60.0, "help": "how long to train at most"},
+    "--batch-size": {"type": integer(1, 4096), "default": 4, "help": "rows per batch"},
+    "--max-seq-len": {"type": integer(64, 4096), "default": 512, "help": "tokens per row"},
     "--seed": {
-        "type": _integer(0, 2**31 - 1),
+        "type": integer(0, 2**31 - 1),
         "default": 0,
         "help": "of the weights and the epochs",
     },
@@ -198,10 +178,10 @@ _PREPARE: Arguments = {
         "metavar": "PATH",
         "help": "parquet, .npy or FASTA files: paths, directories, globs or URLs",
     },
-    "--length-column": _name("of parquet files: the lengths, integers"),
-    "--tokens-column": _name("of parquet files, instead: the tokens, lists"),
-    "--id-column": _name("of parquet files: the ids, integers (default: the number of the row)"),
-    "--max-seq-len": {"required": True, **_size(), "help": "tokens per row"},
+    "--length-column": name_of("of parquet files: the lengths, integers"),
+    "--tokens-column": name_of("of parquet files, instead: the tokens, lists"),
+    "--id-column": name_of("of parquet files: the ids, integers (default: the number of the row)"),
+    "--max-seq-len": {"required": True, **size(), "help": "tokens per row"},
     "--algorithm": {
         "default": "best_fit_decreasing",
         "choices": (
@@ -213,30 +193,30 @@ _PREPARE: Arguments = {
         "help": "how to plan",
     },
     "--budget": {
-        "type": _positive_number,
+        "type": positive_number,
         "metavar": "UNITS",
         "help": "of optimal: units of work of about a second each (default: 8, up to 48)",
     },
     "--time-limit": {
-        "type": _positive_number,
+        "type": positive_number,
         "metavar": "SECONDS",
         "help": "of optimal: time until it ends; what it finds then depends on the machine",
     },
-    "--max-segments": {**_size(), "help": "the most sequences in a row"},
+    "--max-segments": {**size(), "help": "the most sequences in a row"},
     "--over-length": {
         "default": "error",
         "choices": ("error", "drop", "truncate", "truncate_left", "crop", "split"),
         "help": "what becomes of sequences of more tokens than a row",
     },
-    "--overlap": {**_size(0), "default": 0, "help": "of split: tokens that two pieces share"},
-    "--min-tail": {**_size(), "default": 1, "help": "of split: tokens of a last piece at least"},
+    "--overlap": {**size(0), "default": 0, "help": "of split: tokens that two pieces share"},
+    "--min-tail": {**size(), "default": 1, "help": "of split: tokens of a last piece at least"},
     "--positions": {
         "default": "restart",
         "choices": ("restart", "continue"),
         "help": "of split: those of a piece",
     },
-    "--tolerance": {**_size(), "default": 1, "help": "plan lengths as multiples of this"},
-    "--extra-tokens": {**_size(0), "default": 0, "help": "added to every length, as for BOS, EOS"},
+    "--tolerance": {**size(), "default": 1, "help": "plan lengths as multiples of this"},
+    "--extra-tokens": {**size(0), "default": 0, "help": "added to every length, as for BOS, EOS"},
     "--output": {"required": True, "metavar": "DIR", "help": "the directory to be made"},
     "--workers": _WORKERS,
     "--engine": {
@@ -287,7 +267,7 @@ def _print_stats(prepared: Any, rows_per_step: int = 1, as_json: bool = False) -
 
 _STATS: Arguments = {
     "directory": _DIRECTORY,
-    "--rows-per-step": {**_size(), "default": 1, "help": "rows of a global batch"},
+    "--rows-per-step": {**size(), "default": 1, "help": "rows of a global batch"},
     "--json": {"action": "store_true", "help": "print them as JSON"},
 }
 
@@ -315,7 +295,7 @@ _REPLACE = {"action": "store_true", "help": "replace the file at --output"}
 _PLOT: Arguments = {
     "directory": _DIRECTORY,
     "--output": {"required": True, "metavar": "FILE", "help": "the picture: .png, .svg, .pdf"},
-    "--rows": {**_size(), "type": _integer(1, 500), "default": 40, "help": "rows drawn at most"},
+    "--rows": {**size(), "type": integer(1, 500), "default": 40, "help": "rows drawn at most"},
     "--overwrite": _REPLACE,
 }
 
@@ -356,10 +336,10 @@ _EXPORT: Arguments = {
         "metavar": "PATH",
         "help": "where the tokens are: parquet or FASTA files, as for prepare, or a token store",
     },
-    "--tokens-column": _name("of parquet files (default: that of the preparation)"),
-    "--id-column": _name("of parquet files (default: that of the preparation)"),
-    "--epochs": {**_size(), "default": 1, "help": "how often each sequence comes"},
-    "--seed": {**_size(0), "default": 0, "help": "of the epochs"},
+    "--tokens-column": name_of("of parquet files (default: that of the preparation)"),
+    "--id-column": name_of("of parquet files (default: that of the preparation)"),
+    "--epochs": {**size(), "default": 1, "help": "how often each sequence comes"},
+    "--seed": {**size(0), "default": 0, "help": "of the epochs"},
     "--to": {
         "default": "arrayrecord",
         "choices": ("arrayrecord", "parquet"),

@@ -7,6 +7,7 @@ Each step is one function below, and each prints what it measured.
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import json
 import subprocess
@@ -115,11 +116,15 @@ def collect_docstrings() -> list[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found: dict[str, None] = {}  # a set that keeps the order
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED.isdisjoint(path.relative_to(root).parts):
-            for node in ast.walk(_parse(path)):
-                if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-                    found[text] = None
+    gc.disable()  # syntax trees would be collected thousands of times, and JAX's hook eats Ctrl-C
+    try:
+        for path in sorted(root.rglob("*.py")):
+            if _SKIPPED.isdisjoint(path.relative_to(root).parts):
+                for node in ast.walk(_parse(path)):
+                    if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+                        found[text] = None
+    finally:
+        gc.enable()
     if not found:
         fail("collect_docstrings", f"{root} has no docstring", "use a Python with .py files there")
     return list(found)

@@ -104,13 +104,15 @@ ORDER = [
     "report",
     "demo_model",
     "demo",
+    "flags",
     "cli",
+    "__main__",
 ]
 GROUND = ["errors", "arrays", "permutation", "terminal"]
 WINGS = {"planning": ["planning"], "feeding": ["feeding", "planning"], "model": ["model"]}
 EDGES = [
     *("trial", "diagnosis", "testing", "drawing", "plots", "report"),
-    *("demo_model", "demo", "cli"),
+    *("demo_model", "demo", "flags", "cli", "__main__"),
 ]
 # What a module may import beside NumPy, and those of the model wing JAX.
 OPTIONAL = {

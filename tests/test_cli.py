@@ -267,7 +267,7 @@ def test_what_optimal_plans_need(data, tmp_path, monkeypatch, capsys):
     assert main([*data, "10", "--algorithm", "optimal"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("seqpack-jax prepare: prepare: ")
+    assert printed.err.startswith("seqpack-jax prepare: algorithm = ")
     assert "the package highspy" in printed.err
     assert printed.err.endswith(" Hint: pip install 'seqpack_jax[optimal]'.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
@@ -303,7 +303,7 @@ def test_options_of_split_belong_to_it(data, capsys):
 def test_errors_of_data_are_one_line(data, tmp_path, capsys):
     assert main([*data, "6"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("seqpack-jax prepare: prepare: row 0 (row 0 of in.parquet) has length 7")
+    assert line.startswith("seqpack-jax prepare: row 0 (row 0 of in.parquet) has length 7")
     for command in ("stats", "verify"):
         assert main([command, str(tmp_path)]) == 2
         error = capsys.readouterr().err
@@ -430,3 +430,41 @@ def test_export_reads_back(tmp_path, capsys):
         [pq.read_table(path) for path in (tmp_path / "rows").glob("*.parquet")]
     )
     assert sum(map(sum, table["tokens"].to_pylist())) == 2 * sum(n * (n + 1) // 2 for n in LENGTHS)
+
+
+def test_hints_name_flags(data, capsys):
+    assert main([*data, "6"]) == 2
+    assert "Hint: pass --over-length drop" in capsys.readouterr().err
+    assert main([*data, "10", "--budget", "3"]) == 2
+    assert "or pass --algorithm optimal" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_one_line(capsys):
+    for argv in ([], ["prepare"], ["stats", "x", "--rows-per-step", "0"], ["nothing"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("seqpack-jax")
+        assert line.endswith("--help")
+
+
+def test_a_full_place_behind_stdout_is_one_line(data):
+    assert main([*data, "10"]) == 0
+    program = "import sys; from seqpack_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", program, "stats", str(data[-2])],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == ["seqpack-jax stats: [Errno 28] No space left on device"]
+
+
+def test_the_package_runs_as_a_program():
+    command = [sys.executable, "-m", "seqpack_jax", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout == f"seqpack-jax {seqpack_jax.__version__}\n"
