@@ -352,6 +352,7 @@ _EXPORT: Arguments = {
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
+    from seqpack_jax.drawing import numbered
     from seqpack_jax.feeding.export import export_rows
 
     manifest = export_rows(
@@ -367,7 +368,8 @@ def _run_export(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     rows = sum(file.rows for file in manifest.files)
-    print(f"{arguments.output}: {rows:,} rows in {len(manifest.files):,} files")
+    files = numbered(len(manifest.files), "file")
+    print(f"{arguments.output}: {numbered(rows, 'row')} in {files}")
     return 0
 
 
