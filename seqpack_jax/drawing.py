@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,12 +26,15 @@ __all__ = [
     "boxes_of",
     "check_matplotlib",
     "count_on",
+    "default_style",
     "draw_bars",
     "draw_boxes",
     "fullness",
     "numbered",
+    "over_length_label",
     "own_or_given",
     "percent",
+    "printable",
 ]
 
 # In this order the brightness (0.299 R + 0.587 G + 0.114 B) of neighbours, the last and the first
@@ -47,12 +53,34 @@ _TOLD_SHARE = 0.05  # of a row, which a segment takes at least to bear its lengt
 
 
 def check_matplotlib(caller: str) -> None:
-    """Raise, with the extra that has it, where matplotlib is missing."""
+    """Raise, with what helps, where matplotlib is missing or its settings keep it from loading."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         problem = "the package matplotlib is not installed"
         fail(caller, problem, "pip install 'seqpack_jax[plots]'")
+    except (ValueError, OSError) as error:  # it reads its settings at once
+        fail(caller, f"matplotlib cannot be loaded ({error})", "check MPLBACKEND and matplotlibrc")
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw as matplotlib does without settings, the same in every run, whatever the user's are.
+
+    A character that its fonts lack is drawn as a box, without a warning.
+    """
+    import matplotlib
+
+    with warnings.catch_warnings():
+        quiet = r"Glyph \d|Matplotlib currently does not support|.* rcparam was deprecated"
+        warnings.filterwarnings("ignore", quiet)
+        style: dict[Any, Any] = {
+            name: value
+            for name, value in matplotlib.rcParamsDefault.items()
+            if not name.startswith("backend")  # which may not be set, and draws nothing here
+        }
+        with matplotlib.rc_context({**style, "svg.hashsalt": "seqpack_jax"}):
+            yield
 
 
 def own_or_given(caller: str, ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -106,6 +134,28 @@ def fullness(rows: int, max_seq_len: int, share: float) -> str:
     """Return the title of a picture of rows, such as `5 rows of 10 tokens, 82.00 % full`."""
     title = f"{numbered(rows, 'row')} of {numbered(max_seq_len, 'token')}"
     return f"{title}, {percent(share)} full" if rows else title
+
+
+def printable(text: str) -> str:
+    r"""Return a name with what cannot be printed, or is no UTF-8, as escapes.
+
+    Example:
+        >>> printable("d\udcff\n.npy")
+        'd\\udcff\\n.npy'
+    """
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def over_length_label(lengths: Int64, times: Int64, limit: int, last: int) -> str:
+    """Return the text of the legend; `last` is where a bar begins that takes all longer ones."""
+    over = lengths > limit
+    tokens = int(lengths[over] @ times[over]) / int(lengths @ times)
+    sequences = int(times[over].sum()) / int(times.sum())
+    text = f"over {numbered(limit, 'token')}: {percent(sequences)} of the sequences,\n"
+    rest = f"\n(last bar: from {last:,} up to {int(lengths.max()):,})" if last else ""
+    return f"{text}{percent(tokens)} of the tokens{rest}"
 
 
 # --- bars -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from seqpack_jax.drawing import (
     draw_boxes,
     fullness,
     numbered,
+    over_length_label,
     own_or_given,
     percent,
 )
@@ -120,8 +121,8 @@ def plot_fill(
     """Draw how many rows hold how many tokens.
 
     Bars are at most 64, and as wide as each other; the last ends at `max_seq_len`.  They are drawn
-    to a logarithmic scale where the tallest is 100 times the smallest or more.  The dashed line is
-    the mean.  With a tolerance, a row holds what was planned.
+    to a logarithmic scale where the tallest is 100 times the smallest or more, else to a linear
+    one.  The dashed line is the mean.  With a tolerance, a row holds what was planned.
 
     Time: O(size of the plan), or O(n) for `Bins`.
 
@@ -171,6 +172,8 @@ def plot_fill(
         axes.set_ylim(0.5, 2 * int(bars.heights.max()))
         axes.set_ylabel("rows (log scale)")
     else:
+        axes.set_yscale("linear")  # what was drawn on these axes before may have left another
+        axes.autoscale(axis="y")
         count_on(axes.yaxis)
         axes.set_ylabel("rows")
     return axes
@@ -220,7 +223,7 @@ def plot_lengths(
     end = max(top, limit if 2 * longest > limit else 1) + 0.5
     if over.any():
         end = int(bars.highs[-1]) + 0.5
-        label = _over_length_label(lengths, times, limit, int(bars.lows[-1]) * (longest > top))
+        label = over_length_label(lengths, times, limit, int(bars.lows[-1]) * (longest > top))
         style = {"color": RED, "hatch": "////", "edgecolor": "black", "label": label}
         draw_bars(axes, Bars(*(part[over] for part in bars)), **style)
         axes.axvspan(limit + 0.5, 1.01 * end, color=PALE, zorder=0)
@@ -269,7 +272,11 @@ def plot_mask(segment_ids: ArrayLike, *, causal: bool = True, ax: Axes | None = 
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 7]]
     """
     caller = "plot_mask"
-    if (given := np.asarray(segment_ids)).ndim != 1:
+    try:
+        given = np.asarray(segment_ids)
+    except ValueError:
+        fail(caller, "segment_ids is ragged", "pass one row, segment_ids[0]")
+    if given.ndim != 1:
         fail(caller, f"segment_ids has shape {given.shape}", "pass one row, segment_ids[0]")
     ids = check_integers(caller, "segment_ids", given)
     if not 1 <= len(ids) <= _LONGEST_MASK:
@@ -305,7 +312,7 @@ def plot_comparison(stats: Mapping[str, PackingStats], *, ax: Axes | None = None
 
     Bars are in the order of `stats`, labelled with rows and percent.  If all packings are of the
     same number of tokens for rows of one length, and know the same lower bound, a dashed line shows
-    how full the rows would be at that bound: no packing is fuller.
+    how full the rows would be at that bound: no packing of these settings is fuller.
 
     Args:
         stats: `{name: PackingStats}`, at least one.
@@ -408,13 +415,3 @@ def _lengths_of(caller: str, counts: ArrayLike | Mapping[int, int]) -> tuple[Int
     if float(lengths.astype(float) @ times.astype(float)) >= MAX_TOTAL:
         fail(caller, "counts are of 2**62 tokens or more", "check what computes counts")
     return lengths, times.astype(np.int64)
-
-
-def _over_length_label(lengths: Int64, times: Int64, limit: int, last: int) -> str:
-    """Return the text of the legend; `last` is where a bar begins that takes all longer ones."""
-    over = lengths > limit
-    tokens = int(lengths[over] @ times[over]) / int(lengths @ times)
-    sequences = int(times[over].sum()) / int(times.sum())
-    text = f"over {numbered(limit, 'token')}: {percent(sequences)} of the sequences,\n"
-    rest = f"\n(last bar: from {last:,} up to {int(lengths.max()):,})" if last else ""
-    return f"{text}{percent(tokens)} of the tokens{rest}"

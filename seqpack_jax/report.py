@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seqpack_jax import __version__
-from seqpack_jax.drawing import check_matplotlib, fullness, numbered, percent
+from seqpack_jax.drawing import (
+    check_matplotlib,
+    default_style,
+    fullness,
+    numbered,
+    percent,
+    printable,
+)
 from seqpack_jax.errors import check_int, fail
-from seqpack_jax.feeding.prepared import Prepared, load_prepared
+from seqpack_jax.feeding.prepared import Prepared, check_outside, load_prepared
 from seqpack_jax.feeding.storage import write_bytes
-from seqpack_jax.feeding.workers import local_path
+from seqpack_jax.feeding.workers import local_path, way_out
 from seqpack_jax.planning.bounds import lower_bound
 from seqpack_jax.planning.plan import Certificate, PackingPlan
 from seqpack_jax.planning.stats import PackingStats
@@ -81,15 +88,17 @@ def write_picture(
     caller = "write_picture"
     check_matplotlib(caller)
     rows = check_int(caller, "rows", rows, 1, MOST_ROWS)
-    path = _check_output(caller, output, _PICTURES, directory, overwrite)
+    path = _check_output(caller, output, _PICTURES, overwrite)
     prepared = load_prepared(directory)
-    figure = _new_figure(9.0, 11.0)
-    figure.suptitle(_name_of(directory), fontweight="bold", parse_math=False)
-    panels = figure.subplots(3, 1, height_ratios=[1, 1, 1.8])
-    plot_lengths(prepared.counts, prepared.plan.max_seq_len, ax=panels[0])
-    plot_fill(prepared.plan, ax=panels[1])
-    plot_plan(prepared.plan, rows=rows, ax=panels[2])
-    _write(caller, path, _bytes_of(figure, path.suffix[1:].lower()))
+    with default_style():
+        figure = _new_figure(9.0, 11.0)
+        figure.suptitle(printable(_name_of(directory)), fontweight="bold", parse_math=False)
+        panels = figure.subplots(3, 1, height_ratios=[1, 1, 1.8])
+        plot_lengths(prepared.counts, prepared.plan.max_seq_len, ax=panels[0])
+        plot_fill(prepared.plan, ax=panels[1])
+        plot_plan(prepared.plan, rows=rows, ax=panels[2])
+        content = _bytes_of(figure, path.suffix[1:].lower())
+    _write(caller, path, content)
     return prepared
 
 
@@ -102,7 +111,7 @@ def write_report(
     """Write a page of HTML on a prepared directory: what was packed, how well, and pictures of it.
 
     The page is one file without scripts, and loads nothing: it may be sent by mail, read without a
-    network, in the dark, or printed.  It has no more than about 300 kB, whatever the data.
+    network, in the dark, or printed.  It has no more than about 200 kB, whatever the data.
 
     Args:
         directory: what `prepare` wrote, a path or a URL.
@@ -127,9 +136,11 @@ def write_report(
     """
     caller = "write_report"
     check_matplotlib(caller)
-    path = _check_output(caller, output, _PAGES, directory, overwrite)
+    path = _check_output(caller, output, _PAGES, overwrite)
     prepared = load_prepared(directory)
-    _write(caller, path, _page(_name_of(directory), prepared).encode())
+    with default_style():
+        page = _page(_name_of(directory), prepared)
+    _write(caller, path, page.encode())
     return prepared
 
 
@@ -159,9 +170,7 @@ def certificate_of(plan: PackingPlan, bound: int) -> Certificate:
 # --- the output -------------------------------------------------------------------------------
 
 
-def _check_output(
-    caller: str, output: Any, suffixes: tuple[str, ...], directory: Any, overwrite: bool
-) -> Path:
+def _check_output(caller: str, output: Any, suffixes: tuple[str, ...], overwrite: bool) -> Path:
     """Return the path of the file to be written, or raise before anything is read."""
     path = local_path(caller, "output", output)
     if path.suffix.lower() not in suffixes:
@@ -175,11 +184,7 @@ def _check_output(
         fail(caller, f"the output {path} is a directory", "pass the name of a file")
     if path.exists() and not overwrite:
         fail(caller, f"{path} exists", "choose another output, or pass overwrite=True")
-    if isinstance(directory, str | os.PathLike):
-        root = Path(os.path.realpath(os.path.expanduser(os.fspath(directory))))
-        if root == place or root in place.parents:
-            problem = f"the output {path} lies in the prepared directory"
-            fail(caller, problem, "choose another output: nothing may be added to what is prepared")
+    check_outside(caller, path)
     return path
 
 
@@ -188,7 +193,7 @@ def _write(caller: str, path: Path, content: bytes) -> None:
         write_bytes(path, content)
     except OSError as error:
         problem = f"{path} cannot be written ({error.strerror})"
-        fail(caller, problem, "choose another output, or its rights")
+        fail(caller, problem, way_out(error, "output"))
 
 
 def _name_of(directory: str | os.PathLike[str]) -> str:
@@ -209,11 +214,8 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _bytes_of(figure: Figure, kind: str) -> bytes:
     """Return a figure as a file."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "seqpack_jax"}):
-        figure.savefig(buffer, format=kind, dpi=120, metadata=_METADATA.get(kind))
+    figure.savefig(buffer, format=kind, dpi=120, metadata=_METADATA.get(kind))
     return buffer.getvalue()
 
 
@@ -275,7 +277,7 @@ def _page(name: str, prepared: Prepared) -> str:
     proof = certificate_of(plan, stats.lower_bound)
     lead = f"{numbered(plan.num_sequences, 'sequence')} in "
     lead += fullness(plan.num_bins, plan.max_seq_len, plan.efficiency)
-    title = escape(f"Packing report: {name}")
+    title = _shown(f"Packing report: {name}")
     body = [
         f"<h1>{title}</h1>",
         f"<p><strong>{escape(lead)}.</strong> {escape(f'Certificate: {proof}')}.</p>",
@@ -299,15 +301,20 @@ def _page(name: str, prepared: Prepared) -> str:
     return f"{start}\n<body>\n{text}\n</body>\n</html>\n"
 
 
+def _shown(value: object) -> str:
+    """Return a name or another value as HTML; a name may hold bytes that are no UTF-8."""
+    return escape(printable(str(value)))
+
+
 def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table; the first cell of a row names it, the second one is most often a number."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    head = "".join(f'<th scope="col">{_shown(name)}</th>' for name in names)
     body = []
     for first, second, *others in rows:
-        cells = f'<th scope="row">{escape(str(first))}</th>'
+        cells = f'<th scope="row">{_shown(first)}</th>'
         kind = ' class="number"' if len(str(second)) < _LONG else ""
-        cells += f"<td{kind}>{escape(str(second))}</td>"
-        body.append(cells + "".join(f"<td>{escape(str(other))}</td>" for other in others))
+        cells += f"<td{kind}>{_shown(second)}</td>"
+        body.append(cells + "".join(f"<td>{_shown(other)}</td>" for other in others))
     lines = "".join(f"<tr>{cells}</tr>\n" for cells in body)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>"
 
@@ -337,7 +344,7 @@ def _figures_of(stats: PackingStats) -> Iterator[tuple[str, str, str]]:
 def _over_length(prepared: Prepared) -> Iterator[str]:
     """Return what the policy touched."""
     report, limit = prepared.pools.report, f"{prepared.plan.max_seq_len:,}"
-    policy = f"The policy is “{escape(report.action)}”."
+    policy = f"The policy is “{_shown(report.action)}”."
     if not report.sequences:
         yield f"<p>No sequence has more than {limit} tokens. {policy}</p>"
         return

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import grain
@@ -25,7 +26,7 @@ from seqpack_jax.feeding import export as module
 from seqpack_jax.feeding.export import export_rows
 from seqpack_jax.feeding.pipeline import PackedSource
 from seqpack_jax.feeding.preparation import prepare
-from seqpack_jax.feeding.row_files import decode_row
+from seqpack_jax.feeding.row_files import decode_row, writer_of
 from seqpack_jax.feeding.token_store import write_flat
 from seqpack_jax.planning.over_length import OverLength
 
@@ -543,6 +544,32 @@ def test_missing_libraries_are_named(made, monkeypatch, to, library, hint):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(sp.SeqpackError, match=hint):
         export_rows(prepared, sequences, output, to=to)
+    assert sorted(os.listdir(output.parent)) == ["lengths.npy", "prepared"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_is_an_error_with_a_hint(to):
+    blocks = np.random.default_rng(0).integers(0, 2**31, (4, 64, 3, 1024), np.int32)
+    hint = "No space left on device.*make room and run it again: finished files are kept"
+    with pytest.raises(sp.SeqpackError, match=f"export_rows: /dev/full cannot be written .*{hint}"):
+        writer_of("export_rows", to)(Path("/dev/full"), iter(blocks))
+
+
+@pytest.mark.parametrize("inside", ["rows", "pools/rows"])
+def test_nothing_is_put_into_a_prepared_directory(made, inside):
+    prepared, sequences, output = made
+    place = output.parent / "prepared"
+    with pytest.raises(sp.SeqpackError, match="lies in the prepared directory"):
+        export_rows(prepared, sequences, place / inside)
+    sp.verify_prepared(place)
+
+
+def test_parquet_needs_a_tokens_column(made):
+    prepared, sequences, output = made
+    write_tokens(output.parent / "a.parquet", sequences)
+    hint = "no tokens column is given, and a.parquet is a parquet file.*tokens_column"
+    with pytest.raises(sp.SeqpackError, match=hint):
+        export_rows(prepared, output.parent / "a.parquet", output)
 
 
 @pytest.mark.parametrize("record", [b"", b"1234", b"x" * 13, "text", None])

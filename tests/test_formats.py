@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.registry import known_implementations
 from input_files import (
     LENGTH,
     TOKENS,
@@ -452,3 +453,10 @@ def test_missing_libraries_are_named(tmp_path, monkeypatch, library, name, colum
     missing = library.partition(".")[0]
     with refused(f"{missing} is not installed", f"pip install 'seqpack_jax[{extra}]'"):
         list_in(tmp_path / name, columns, work_dir=tmp_path)
+
+
+def test_a_missing_driver_is_to_be_installed(monkeypatch):
+    known = {"class": "no_such_driver.Files", "err": "Install no_such_driver for this"}
+    monkeypatch.setitem(known_implementations, "nodriver", known)
+    with refused("Install no_such_driver for this. Hint: install what it names"):
+        formats.filesystem("test", "nodriver://bucket/a.npy")

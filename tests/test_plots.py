@@ -1,6 +1,7 @@
 """Pictures: what is drawn is what the plan, the counts, the mask or the figures hold."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -147,6 +148,10 @@ def test_without_matplotlib(name, monkeypatch):
         (lambda: plots.plot_lengths({2**30: 2**33}, 10), ["2**62 tokens or more"]),
         (lambda: plots.plot_lengths({3: 1}, 0), ["plot_lengths: max_seq_len = 0"]),
         (lambda: plots.plot_mask([[1, 2]]), ["shape (1, 2)", "segment_ids[0]"]),
+        (
+            lambda: plots.plot_mask([[1], [1, 2]]),
+            ["segment_ids is ragged", "pass one row"],
+        ),
         (lambda: plots.plot_mask([]), ["the row has 0 tokens"]),
         (lambda: plots.plot_mask(np.ones(2049, int)), ["2,049 tokens", "segment_ids[:2048]"]),
         (lambda: plots.plot_mask([1.0]), ["plot_mask: segment_ids has dtype float64"]),
@@ -171,6 +176,18 @@ def test_matplotlib_is_loaded_when_something_is_drawn():
     )
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert printed == "set()\n{'matplotlib'}\n"
+
+
+@pytest.mark.parametrize("setting", ["MPLBACKEND", "MATPLOTLIBRC"])
+def test_settings_that_matplotlib_refuses(setting, tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"font.family: \xff")
+    value = {"MPLBACKEND": "bogus", "MATPLOTLIBRC": str(tmp_path)}[setting]
+    code = "import seqpack_jax.plots as plots\nplots.plot_mask([1, 0])"
+    command, environment = [sys.executable, "-c", code], {**os.environ, setting: value}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert "SeqpackError: plot_mask: matplotlib cannot be loaded (" in last
+    assert last.endswith("Hint: check MPLBACKEND and matplotlibrc.")
 
 
 def test_neighbours_differ_in_brightness():
@@ -371,6 +388,16 @@ def test_the_scale_is_logarithmic_where_bars_would_vanish(times, scale):
 def test_the_scale_is_linear_where_all_bars_are_high():
     plan = sp.PackingPlan.from_counter({(10,): 500, (4,): 200}, 10)
     assert plots.plot_fill(plan, ax=new_axes()).get_yscale() == "linear"
+
+
+def test_axes_that_were_logarithmic_become_linear_again():
+    axes = new_axes()
+    axes.set(yscale="log", ylim=(0.5, 2))
+    plots.plot_fill(sp.PackingPlan.from_counter({(10,): 30, (4,): 1}, 10), ax=axes)
+    assert (axes.get_yscale(), axes.get_ylabel()) == ("linear", "rows")
+    low, high = axes.get_ylim()
+    assert low == 0
+    assert 30 < high < 40
 
 
 def test_fills_of_one_bin_or_none():

@@ -1,7 +1,9 @@
 """Preparation: what it makes of files is what planning in memory makes, whatever happens to it."""
 
+import errno
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -193,9 +195,12 @@ def test_lists_and_npy_files_are_measured(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["a", "b", "c", "d"]
 
 
-def test_no_rows_at_all(tmp_path):
+def test_no_rows_at_all(tmp_path, caplog):
     source = write_lengths(tmp_path / "in", [])
     prepared = prepare(source, tmp_path / "out", 10, length_column="length")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"no sequences in {source}: the plan is empty"
     assert (prepared.plan.num_bins, prepared.pools.num_sequences) == (0, 0)
     assert prepared.manifest["shards"] == []
     assert len(sp.materialize_epoch(prepared.plan, prepared.pools, 0)) == 0
@@ -787,6 +792,60 @@ def test_outputs_that_are_none(output, words, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["dangling", "in"]
 
 
+@pytest.mark.parametrize("source", ["", [""], ["in", ""]])
+def test_an_empty_name_is_no_input(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    with refused("input = '' is not a path"):
+        prepare(source, "out", 10)
+
+
+@pytest.mark.parametrize("output", ["rows", "pools/rows", "a/b"])
+def test_nothing_is_put_into_a_prepared_directory(output, there, tmp_path):
+    other = write_lengths(tmp_path / "other", LENGTHS)
+    before = sorted(tmp_path.rglob("*"))
+    with refused("lies in the prepared directory", "nothing may be added to what is prepared"):
+        prepare(other, tmp_path / "out" / output, 10, length_column="length")
+    assert sorted(tmp_path.rglob("*")) == before
+    verify_prepared(tmp_path / "out")
+
+
+def test_the_first_other_parameter_is_named(tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    prepare(source, tmp_path / "out", 10, length_column="length", over_length="drop")
+    for options, words in [
+        ({"max_seq_len": 12, "tolerance": 2}, "(max_seq_len = 10, not 12)"),
+        ({"over_length": "crop"}, "(over_length: action = 'drop', not 'crop')"),
+        ({"algorithm": "optimal", "budget": 3}, "(algorithm = 'best_fit_decreasing', not 'opt"),
+    ]:
+        options = {"max_seq_len": 10, "over_length": "drop", **options}
+        with refused("was prepared with other parameters", words):
+            prepare(source, tmp_path / "out", length_column="length", **options)
+
+
+def test_without_filelock_nothing_is_left(tmp_path, monkeypatch):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with refused("filelock is not installed", "seqpack_jax[prepare]"):
+        prepare(source, tmp_path / "out", 10, length_column="length")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "make room, and run it again"),
+        (errno.EACCES, "choose another path, or change its rights"),
+    ],
+)
+def test_hints_fit_what_the_file_system_says(number, words, tmp_path):
+    source = write_lengths(tmp_path / "in", LENGTHS)
+    error = OSError(number, os.strerror(number))
+    with mock.patch.object(Path, "mkdir", side_effect=error):
+        with refused("cannot be made", os.strerror(number), words):
+            prepare(source, tmp_path / "out", 10, length_column="length")
+
+
 @pytest.mark.parametrize("name", ["lock", "out"])
 def test_an_output_without_rights(name, tmp_path):
     source = write_lengths(tmp_path / "in", LENGTHS)
@@ -955,6 +1014,29 @@ def test_a_worker_that_dies_is_an_error(workers):
         list(local_map(workers)(die, range(8)))
 
 
+def ignores_ctrl_c(number):
+    threading.Event().wait(0.05)
+    return os.getpid(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.slow
+def test_processes_are_started_while_ctrl_c_is_ignored(monkeypatch):
+    seen = []
+    spawn = multiprocessing.get_context("spawn").Process.start
+
+    def start(process):
+        seen.append(signal.getsignal(signal.SIGINT))
+        spawn(process)
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", start)
+    before = signal.getsignal(signal.SIGINT)
+    found = dict(local_map(3)(ignores_ctrl_c, range(40)))
+    assert seen == [signal.SIG_IGN] * 2
+    assert signal.getsignal(signal.SIGINT) == before != signal.SIG_IGN
+    assert found.pop(os.getpid()) is False
+    assert set(found.values()) <= {True}
+
+
 # --- what is said ---------------------------------------------------------------------------
 
 
@@ -967,6 +1049,10 @@ def test_it_logs_and_is_quiet_otherwise(tmp_path, caplog, capsys):
         f"wrote {tmp_path / 'out'}: 8 rows, 90.00% full",
     ]
     assert capsys.readouterr() == ("", "")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "seqpack_jax"):
+        prepare_in_shards(source, tmp_path / "out", 10)
+    assert caplog.records[-1].getMessage() == f"{tmp_path / 'out'} is there already"
     prepare_in_shards(source, tmp_path / "out", 10, progress=True)
     printed = capsys.readouterr()
     assert printed.out == ""

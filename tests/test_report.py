@@ -4,9 +4,11 @@ import base64
 import io
 import re
 import sys
+import warnings
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -233,12 +235,42 @@ def test_the_page_of_a_large_plan_is_small(tmp_path):
     assert [row[0] for row in told] == ["4", "4"]
     kinds = {image["src"].partition(";")[0] for image in page.all("img")}
     assert kinds == {"data:image/svg+xml", "data:image/png"}  # no SVG of thousands of boxes
-    assert len((tmp_path / "page.html").read_bytes()) < 500_000
+    assert len((tmp_path / "page.html").read_bytes()) < 250_000
+    true = f"100,000 sequences, {lengths.mean():,.1f} tokens on average; rows of 8,192"
+    assert page.all("img")[0]["alt"] == true  # not the lengths as planned
     sp.prepare(tmp_path / "in", tmp_path / "many", 8192)
     page = Page(_page_of(tmp_path / "many", tmp_path))
     listed = [row for row in page.rows if row[0] in names]
     assert listed == [[name, f"{rows}"] for name, rows in list(names.items())[:10]]
     assert "And 20 more files." in page.text
+
+
+def test_titles_of_pictures_are_escaped(tmp_path):
+    np.save(tmp_path / "in.npy", [1])
+    sp.prepare(tmp_path / "in.npy", tmp_path / "out", 100_000)
+    page = _page_of(tmp_path / "out", tmp_path)
+    assert 'alt="1 row of 100,000 tokens, &lt;0.01 % full' in page
+    assert Page(page).all("img")[2]["alt"] == "1 row of 100,000 tokens, <0.01 % full"
+
+
+# Bytes that are no UTF-8, control characters, characters that the fonts lack.
+NAMES = {"d\udcff": r"d\udcff", "a\n\x01b": r"a\n\x01b", "数据": "数据", "\u202egnp": r"\u202egnp"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_any_bytes(name, tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / f"{name}.npy", [5, 3])
+    sp.prepare(tmp_path / "in", tmp_path / name, 10)
+    page = Page(_page_of(tmp_path / name, tmp_path))
+    assert f"Packing report: {NAMES[name]}" in page.text
+    assert page.row(f"{NAMES[name]}.npy") == ["2"]
+    for ending in ("png", "pdf", "svg"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            write_picture(tmp_path / name, tmp_path / f"x.{ending}")
+    root = xml.etree.ElementTree.fromstring((tmp_path / "x.svg").read_bytes())
+    assert root.tag.endswith("svg")
 
 
 def test_rows_of_a_file_in_several_shards_are_added(tmp_path):
@@ -318,6 +350,40 @@ def test_the_same_bytes_every_time(prepared, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+SETTINGS = {
+    "font.size": 20,
+    "savefig.bbox": "tight",
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=["red"]),
+    "hatch.linewidth": 5,
+    "text.usetex": True,  # for which there may be no LaTeX
+}
+
+
+@pytest.mark.parametrize("write", [write_picture, write_report])
+def test_settings_of_the_user_change_nothing(write, prepared, tmp_path):
+    output = tmp_path / {write_picture: "x.svg", write_report: "x.html"}[write]
+    write(prepared, output)
+    wanted = output.read_bytes()
+    with matplotlib.rc_context(SETTINGS):
+        before = dict(matplotlib.rcParams)
+        write(prepared, output, overwrite=True)
+        assert dict(matplotlib.rcParams) == before
+    assert output.read_bytes() == wanted
+
+
+def test_the_picture_has_the_true_lengths(tmp_path, monkeypatch):
+    drawn = []
+    bytes_of = report._bytes_of
+    monkeypatch.setattr(report, "_bytes_of", lambda *args: drawn.append(args) or bytes_of(*args))
+    np.save(tmp_path / "in.npy", [5, 3, 9])
+    sp.prepare(tmp_path / "in.npy", tmp_path / "out", 16, tolerance=4)
+    write_picture(tmp_path / "out", tmp_path / "x.png")
+    assert drawn[0][0].axes[0].get_title() == "3 sequences, 5.7 tokens on average; rows of 16"
+
+
 def test_the_panels_are_those_of_plots(prepared, tmp_path, monkeypatch):
     drawn = []
     bytes_of = report._bytes_of
@@ -395,3 +461,10 @@ def test_the_certificate_is_the_better_of_two():
     assert certificate_of(sp.PackingPlan.from_counter({(6,): 3}, 10), 3) == Certificate(
         3, 3, "Martello-Toth L2", True
     )
+
+
+def test_a_tolerance_hides_the_lengths_from_the_certificate():
+    plan = sp.pack_length_histogram({6: 3}, 12, tolerance=4)  # planned as three of 8
+    bound = plan.certificate.lower_bound + 1
+    assert plan.num_bins == 3
+    assert certificate_of(plan, bound) == Certificate(3, bound, "volume", bound == 3)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpack_jax.errors import check_choice, check_int, fail
+from seqpack_jax.feeding.finding import find_files
 from seqpack_jax.feeding.formats import Columns, kind_of
 from seqpack_jax.feeding.inputs import Shard
 from seqpack_jax.feeding.manifest import canonical
@@ -206,6 +207,11 @@ def _columns_of(
             "pass sequences that have them: an object whose [id] adds them, or a token store",
         )
     tokens_column = tokens_column or known.get("tokens_column")
+    if tokens_column is None:
+        first = find_files("export_rows", sequences)[0]
+        if kind_of(first.path) == "parquet":
+            problem = f"no tokens column is given, and {first.name} is a parquet file"
+            fail("export_rows", problem, "name the column of its tokens, tokens_column")
     return Columns(tokens=tokens_column, id=id_column or known.get("id_column"))
 
 

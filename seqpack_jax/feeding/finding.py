@@ -104,6 +104,8 @@ def _urls(caller: str, source: Source) -> list[str]:
     for each in given:
         if not isinstance(each, str | os.PathLike):
             fail(caller, f"{each!r} is not a path", "pass a path, a glob, a URL, or a list of them")
+        if not os.fspath(each):
+            fail(caller, f"input = {each!r} is not a path", "pass a path, a glob or a URL")
         if "\0" in str(each):
             fail(caller, f"{each!r} is no path: it has a zero byte", "check what makes the path")
     return [os.fspath(each) for each in given]

@@ -166,7 +166,8 @@ def filesystem(caller: str, url: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = url_to_fs(url)
     except Exception as error:
-        fail(caller, f"{url} cannot be opened: {_first_line(error)}", "check the path")
+        hint = "install what it names" if isinstance(error, ImportError) else "check the path"
+        fail(caller, f"{url} cannot be opened: {_first_line(error)}", hint)
     return found
 
 

@@ -133,6 +133,24 @@ class PreparationParameters(NamedTuple):
         return {name: value for name, value in self.to_dict().items() if name not in plan}
 
 
+def difference_of(saved: Any, asked: Mapping[str, Any]) -> str:
+    """Say which parameter differs first, to end a sentence; a space if none are saved, "" if none.
+
+    Example:
+        >>> difference_of({"max_seq_len": 10}, {"max_seq_len": 12})
+        ' (max_seq_len = 10, not 12)'
+    """
+    if not isinstance(saved, dict):  # PyPI seqpack saved other things
+        return " "
+    for name in dict.fromkeys([*asked, *saved]):
+        one, two = saved.get(name), asked.get(name)
+        if isinstance(one, dict) and isinstance(two, dict) and one != two:  # a policy
+            return difference_of(one, two).replace("(", f"({name}: ")
+        if one != two or (name in saved) != (name in asked):
+            return f" ({name} = {one!r}, not {two!r})"
+    return ""
+
+
 class ShardEntry(NamedTuple):
     """What the manifest says of a shard; the rest follows from the shards before it.
 

@@ -29,12 +29,13 @@ from seqpack_jax.feeding.manifest import (
     TEMPLATES,
     PreparationParameters,
     canonical,
+    difference_of,
     first_piece_id,
     listed_files,
     make_manifest,
     problem_of,
 )
-from seqpack_jax.feeding.prepared import Prepared, load_prepared
+from seqpack_jax.feeding.prepared import Prepared, check_outside, load_prepared
 from seqpack_jax.feeding.progress import progress_bar
 from seqpack_jax.feeding.seed_directory import seed_files
 from seqpack_jax.feeding.shards import ShardRecord, WorkDirectory, prepare_shard, shard_key
@@ -46,7 +47,7 @@ from seqpack_jax.feeding.storage import (
     write_bytes,
     writing,
 )
-from seqpack_jax.feeding.workers import file_lock, local_map, local_path, making
+from seqpack_jax.feeding.workers import file_lock, local_map, local_path
 from seqpack_jax.planning.column_generation import import_highspy
 from seqpack_jax.planning.over_length import OverLength
 from seqpack_jax.planning.planners import Effort, plan_counts
@@ -167,7 +168,8 @@ def prepare(
             source, parameters.columns, work_dir=work.lengths, progress=progress, caller=_CALLER
         )
         _check_output(target, parameters, shards, overwrite)
-        rows = sum(shard.rows for shard in shards)
+        if not (rows := sum(shard.rows for shard in shards)):
+            _LOG.warning("no sequences in %s: the plan is empty", source)
         _LOG.info("preparing rows: %s, shards: %s", f"{rows:,}", f"{len(shards):,}")
         task = partial(prepare_shard, parameters=parameters, directory=os.fspath(work.root))
         records = []
@@ -177,10 +179,7 @@ def prepare(
                 advance(record.entry.rows)
         options: Any = {"overwrite": overwrite, "progress": progress}
         merge_shards(work.root, shards, records, parameters, target, **options)
-    prepared = load_prepared(target)
-    plan = prepared.plan
-    _LOG.info("wrote %s: %s rows, %.2f%% full", target, f"{plan.num_bins:,}", 100 * plan.efficiency)
-    return prepared
+    return load_prepared(target)
 
 
 def merge_shards(
@@ -306,14 +305,13 @@ def _output_path(output: str | os.PathLike[str]) -> Path:
         fail(_CALLER, f"the output {path} is a link to nothing", hint)
     if not target.name:
         fail(_CALLER, f"the output {target} cannot be replaced", "choose another output")
+    check_outside(_CALLER, target)
     return target
 
 
 @contextmanager
 def _locked(work: WorkDirectory, target: Path) -> Iterator[None]:
     """Keep other runs for the same output away."""
-    with making(_CALLER, work.root):
-        work.root.mkdir(parents=True, exist_ok=True)
     busy = f"another run is preparing {target}", "wait for it, or choose another output"
     with file_lock(_CALLER, work.lock, busy):
         if not work.lock.exists():  # that run ended while this one waited for the file
@@ -340,11 +338,9 @@ def _check_output(
     if not _check_ours(target) or overwrite:
         return
     saved = _load_output(target).manifest
-    parts = [
-        [[part.name, part.first_row, part.rows] for part in shard.parts] for shard in shards or ()
-    ]
-    if saved.get("parameters") != parameters.to_dict():
-        _refuse(target, "was prepared with other parameters")
+    parts = [[[p.name, p.first_row, p.rows] for p in shard.parts] for shard in shards or ()]
+    if other := difference_of(saved.get("parameters"), parameters.to_dict()):
+        _refuse(target, f"was prepared with other parameters{other}")
     if shards is not None and [shard["input"] for shard in saved["shards"]] != parts:
         _refuse(target, "was prepared from another input")
 
@@ -361,7 +357,7 @@ def _check_ours(target: Path) -> bool:
             ours = seed_files(target, text) or listed_files(text)
     except OSError as error:
         problem = f"the output {target} cannot be read ({error.strerror})"
-        fail(_CALLER, problem, "choose another output, or its rights")
+        fail(_CALLER, problem, "choose another output, or change its rights")
     if extra := sorted(found - ours) or [""] * (not target.is_dir()):
         what = f": {extra[0]} is in it" if extra[0] else ""
         hint = "choose another output, or move away what is there"
@@ -402,8 +398,12 @@ def _publish(
                     replaced.rename(target)
             problem = f"{work.data} cannot be renamed to {target} ({error.strerror})"
             fail(_CALLER, problem, "work on the file system of the output")
+        rows, full = f"{manifest['bins']:,}", 100 * manifest["efficiency"]
+        _LOG.info("wrote %s: %s rows, %.2f%% full", target, rows, full)
     elif _data_of(_load_output(target).manifest) != _data_of(manifest):
         _refuse(target, "holds another data set")
+    else:
+        _LOG.info("%s is there already", target)
     _remove(work)
 
 

@@ -29,6 +29,7 @@ from seqpack_jax.feeding.manifest import (
     ShardEntry,
     canonical,
     first_piece_id,
+    listed_files,
     make_manifest,
     parse_manifest,
     pool_file,
@@ -52,7 +53,7 @@ from seqpack_jax.planning.histogram import SequencePools
 from seqpack_jax.planning.over_length import Pieces
 from seqpack_jax.planning.plan import PackingPlan
 
-__all__ = ["Prepared", "load_prepared"]
+__all__ = ["Prepared", "check_outside", "load_prepared"]
 
 _CALLER = "load_prepared"
 _PROOF = {"bound_method", "proved_optimal"}
@@ -329,3 +330,15 @@ def _join(
         total_report(parameters, shards),
         [group.starts for group in groups],
     )
+
+
+def check_outside(caller: str, output: Path) -> None:
+    """Raise if a path to be written lies in a prepared directory, which nothing may be added to."""
+    for place in Path(os.path.realpath(output)).parents:
+        try:
+            text = (place / MANIFEST).read_bytes().decode(errors="replace")
+        except OSError:  # most often there is none
+            continue
+        if listed_files(text) or is_seed_manifest(text):
+            problem = f"the output {output} lies in the prepared directory {place}"
+            fail(caller, problem, "choose another output: nothing may be added to what is prepared")

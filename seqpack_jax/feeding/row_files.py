@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from seqpack_jax.errors import fail
 from seqpack_jax.feeding.manifest import canonical, digest_of
+from seqpack_jax.feeding.prepared import check_outside
 from seqpack_jax.feeding.storage import write_bytes
 from seqpack_jax.feeding.workers import file_lock, local_path, making
 
@@ -134,7 +136,8 @@ def decode_row(record: bytes) -> dict[str, NDArray[np.int32]]:
 def writer_of(caller: str, to: str) -> Callable[[Path, Blocks], None]:
     """Return the function that writes a file of one of the `ROW_FORMATS`.
 
-    Its bytes depend on the blocks, and on the versions of the libraries, alone.
+    Its bytes depend on the blocks, and on the versions of the libraries, alone.  It raises
+    `SeqpackError` if the file cannot be written.
 
     Raises:
         SeqpackError: the library that writes the format is not installed.
@@ -143,35 +146,49 @@ def writer_of(caller: str, to: str) -> Callable[[Path, Blocks], None]:
         if to == "parquet":
             import pyarrow.parquet  # noqa: F401
 
-            return _write_parquet
+            return partial(_write_parquet, caller)
         from array_record.python import array_record_module  # noqa: F401
 
-        return _write_array_record
+        return partial(_write_array_record, caller)
     except ImportError:
         name = "pyarrow" if to == "parquet" else "array_record"
         hint = "pip install 'seqpack_jax[prepare]'" if to == "parquet" else f"pip install {name}"
         fail(caller, f"{name} is not installed", hint)
 
 
-def _write_array_record(path: Path, blocks: Blocks) -> None:
+@contextlib.contextmanager
+def _writing(caller: str, path: Path) -> Iterator[None]:
+    """Turn what a library raises while it writes a file into the error of `caller`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # array_record raises the latter
+        reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+        hint = "make room and run it again: finished files are kept"
+        fail(caller, f"{path} cannot be written ({reason})", hint)
+
+
+def _write_array_record(caller: str, path: Path, blocks: Blocks) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Grain reads single records, hence groups of one; a higher level hardly shrinks token ids.
-    writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1,max_parallelism:1")
+    with _writing(caller, path):
+        writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1,max_parallelism:1")
     try:
         for block in blocks:
-            for row in block.astype("<i4", copy=False):
-                writer.write(row.tobytes())
+            with _writing(caller, path):
+                for row in block.astype("<i4", copy=False):
+                    writer.write(row.tobytes())
     finally:
-        writer.close()
+        with _writing(caller, path):
+            writer.close()
 
 
-def _write_parquet(path: Path, blocks: Blocks) -> None:
+def _write_parquet(caller: str, path: Path, blocks: Blocks) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    with contextlib.ExitStack() as stack:
-        writer = None
+    writer = None
+    try:
         for block in blocks:
             max_seq_len = block.shape[2]
             columns = [
@@ -179,19 +196,21 @@ def _write_parquet(path: Path, blocks: Blocks) -> None:
                 for k in range(len(FEATURES))
             ]
             table = pa.table(dict(zip(FEATURES, columns, strict=True)))
-            if writer is None:
+            with _writing(caller, path):
                 # No dictionaries or statistics: of tokens they are of no use, and take time.
-                writer = stack.enter_context(
-                    parquet.ParquetWriter(
-                        path,
-                        table.schema,
-                        compression="zstd",
-                        compression_level=1,
-                        use_dictionary=False,
-                        write_statistics=False,
-                    )
+                writer = writer or parquet.ParquetWriter(
+                    path,
+                    table.schema,
+                    compression="zstd",
+                    compression_level=1,
+                    use_dictionary=False,
+                    write_statistics=False,
                 )
-            writer.write_table(table, row_group_size=len(block))
+                writer.write_table(table, row_group_size=len(block))
+    finally:
+        if writer is not None:
+            with _writing(caller, path):
+                writer.close()
 
 
 class ExportPlace:
@@ -207,6 +226,7 @@ class ExportPlace:
         self.target = Path(os.path.realpath(local_path(caller, "output", output)))
         if not self.target.name:
             fail(caller, f"{self.target} cannot be replaced", "choose another output")
+        check_outside(caller, self.target)
         self.work = self.target.with_name(f".{self.target.name}.partial")
         self.key = ""
         self.resumable = True
@@ -259,8 +279,6 @@ class ExportPlace:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the work directory; remove it if nothing can go on there."""
-        with making(self.caller, self.work):
-            self.work.mkdir(parents=True, exist_ok=True)
         busy = f"another process exports to {self.target}", "wait for it, or choose another output"
         with file_lock(self.caller, self.work / "lock", busy):
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 from seqpack_jax.errors import fail
 
-__all__ = ["file_lock", "local_map", "local_path", "making", "serve_parent"]
+__all__ = ["file_lock", "local_map", "local_path", "making", "serve_parent", "way_out"]
 
 _Shard = TypeVar("_Shard")
 _Result = TypeVar("_Result")
@@ -57,9 +58,12 @@ def local_map(
         done: SimpleQueue[Future[_Result]] = SimpleQueue()
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(others, context, serve_parent) as pool:
-            for _ in range(others):
-                threading.Thread(target=_keep_busy, args=(pool, function, todo, done)).start()
             try:
+                with _ctrl_c_ignored():
+                    for _ in range(others):
+                        pool.submit(int)  # starts a process
+                for _ in range(others):
+                    threading.Thread(target=_keep_busy, args=(pool, function, todo, done)).start()
                 for _ in shards:
                     if done.empty() and (shard := _next_of(todo)) is not None:
                         yield function(shard)
@@ -76,6 +80,20 @@ def local_map(
                 todo.clear()
 
     return map_shards
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Let processes that are started ignore Ctrl-C from their first moment, as they inherit it."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield  # only the main thread may change it, and only what Python has set
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _keep_busy(
@@ -133,6 +151,13 @@ def local_path(caller: str, name: str, value: Any) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def way_out(error: OSError, what: str) -> str:
+    """Return the hint on an error of the file system: `what` is the path that was chosen."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room, and run it again"
+    return f"choose another {what}, or change its rights"
+
+
 @contextmanager
 def making(caller: str, path: Path) -> Iterator[None]:
     """Turn what the file system raises into the error of `caller` on the path that is made."""
@@ -140,7 +165,7 @@ def making(caller: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        fail(caller, f"{path} cannot be made ({reason})", "choose another path, or its rights")
+        fail(caller, f"{path} cannot be made ({reason})", way_out(error, "path"))
 
 
 @contextmanager
@@ -149,13 +174,15 @@ def file_lock(caller: str, path: Path, busy: tuple[str, str] | None = None) -> I
 
     Args:
         caller: the public function that an error shall name.
-        path: a file, which may be removed while the lock is held.
+        path: a file, which may be removed while the lock is held.  Its directory is made.
         busy: problem and hint of the error if another process holds it; None to wait for it.
     """
     try:
         from filelock import FileLock, Timeout
     except ImportError:
         fail(caller, "filelock is not installed", "pip install 'seqpack_jax[prepare]'")
+    with making(caller, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=-1 if busy is None else 0)
     with making(caller, path):
         while not lock.is_locked:
