@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPEATS = 5
+FILES = {
+    "SQuAD 1.1": ("squad11_384.npy", 384),
+    "Wikipedia": ("wikipedia512_sample200k.npy", 512),
+    "UniProt": ("protein_uniprot20k.npy", 1024),
+}
 PACKAGES = (
     "seqpack_jax",
     "numpy",
@@ -74,6 +79,16 @@ def lognormal_lengths(
 def uniform_lengths(n: int, max_seq_len: int, seed: int = 0) -> NDArray[np.int64]:
     """Draw lengths from `[1, max_seq_len]`, all equally likely."""
     return np.random.default_rng(seed).integers(1, max_seq_len + 1, n)
+
+
+def shared_sets(n: int) -> Iterator[tuple[str, NDArray[Any], int]]:
+    """Yield name, lengths and capacity of two drawn sets of `n`, and of those in SEQPACK_DATA."""
+    yield "lognormal", lognormal_lengths(n, 2048), 2048
+    yield "uniform", uniform_lengths(n, 2048), 2048
+    folder = Path(os.environ.get("SEQPACK_DATA", "."))
+    for name, (file, max_seq_len) in FILES.items():
+        if (folder / file).exists():
+            yield name, np.load(folder / file).clip(1, max_seq_len), max_seq_len
 
 
 def billion_counts(lengths: NDArray[np.int64], seed: int = 0) -> NDArray[np.int64]:

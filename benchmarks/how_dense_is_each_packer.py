@@ -12,43 +12,25 @@ LightBinPack's OBFD (C++) where it is installed.  Seconds are those of one call 
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import (
-    lognormal_lengths,
     machine_line,
     medians,
+    shared_sets,
     show_seconds,
     show_table,
-    uniform_lengths,
 )
 
 import seqpack_jax as sp
 
 SIZE = 200_000
 ALGORITHMS = ("next_fit", "worst_fit_decreasing", "first_fit_decreasing", "best_fit_decreasing")
-FILES = {
-    "SQuAD 1.1": ("squad11_384.npy", 384),
-    "Wikipedia": ("wikipedia512_sample200k.npy", 512),
-    "UniProt": ("protein_uniprot20k.npy", 1024),
-}
 HEADER = ("set", "packer", "rows", "lower bound", "over it", "efficiency", "seconds")
-
-
-def length_sets() -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yield the name, the lengths and the capacity of each set."""
-    yield "lognormal", lognormal_lengths(SIZE, 2048), 2048
-    yield "uniform", uniform_lengths(SIZE, 2048), 2048
-    folder = Path(os.environ.get("SEQPACK_DATA", "."))
-    for name, (file, max_seq_len) in FILES.items():
-        if (folder / file).exists():
-            yield name, np.load(folder / file).clip(1, max_seq_len).astype(np.int64), max_seq_len
 
 
 def packers(lengths: np.ndarray, max_seq_len: int) -> dict[str, Callable[[], Any]]:
@@ -83,4 +65,5 @@ def measure(name: str, lengths: np.ndarray, max_seq_len: int) -> list[tuple[str,
 
 if __name__ == "__main__":
     print(machine_line(), file=sys.stderr)
-    show_table(HEADER, [line for each in length_sets() for line in measure(*each)])
+    sets = ((name, lengths.astype(np.int64), cap) for name, lengths, cap in shared_sets(SIZE))
+    show_table(HEADER, [line for each in sets for line in measure(*each)])

@@ -49,9 +49,9 @@ from common import (
     machine_line,
     peak_growth,
     quiet_grain,
+    shared_sets,
     show_table,
     token_records,
-    uniform_lengths,
 )
 from numpy.typing import NDArray
 
@@ -60,11 +60,6 @@ import seqpack_jax as sp
 SIZE, LARGE, BATCH = 200_000, 1_000_000, 64
 FEW, FEWER = 20_000, 10_000  # sequences for packers of tokens, and for quadratic ones
 REPEATS, SECONDS = 5, 3.0  # runs after the warm-up, and what they may take in all
-FILES = {
-    "SQuAD 1.1": ("squad11_384.npy", 384),
-    "Wikipedia": ("wikipedia512_sample200k.npy", 512),
-    "UniProt": ("protein_uniprot20k.npy", 1024),
-}
 HEADER = (
     "set",
     "packer",
@@ -372,12 +367,7 @@ def show_rate(rate: float) -> str:
 
 def length_sets() -> Iterator[tuple[str, np.ndarray, int]]:
     """Yield the name, the lengths and the capacity of each set."""
-    yield "lognormal", lognormal_lengths(SIZE, 2048), 2048
-    yield "uniform", uniform_lengths(SIZE, 2048), 2048
-    folder = Path(os.environ.get("SEQPACK_DATA", "."))
-    for name, (file, max_seq_len) in FILES.items():
-        if (folder / file).exists():
-            yield name, np.load(folder / file).clip(1, max_seq_len), max_seq_len
+    yield from shared_sets(SIZE)
     yield "lognormal", lognormal_lengths(LARGE, 2048), 2048
 
 
